@@ -1,0 +1,70 @@
+"""Early exits for the models people already use: timm models, an MMDetection backbone, PEFT adapters.
+
+Importing this package registers its models with timm. Everything that needs another host is loaded when asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import timm as _timm_wing  # noqa: F401  registers the models
+from ._version import __version__
+from .exits import (
+    AdaptiveModel,
+    ExitCosts,
+    ExitOutput,
+    ExitPolicy,
+    ExitTable,
+    MultiExit,
+    MultiExitLoss,
+    collect_exits,
+    exit_costs,
+    exit_latency,
+)
+
+if TYPE_CHECKING:
+    from .peft import (
+        BottleneckConfig,
+        DynConfig,
+        DynPeftModel,
+        RepAdapterConfig,
+        get_dyn_peft_model,
+    )
+
+# Public names that need the `peft` extra; `import exit_plugins` must not pay for it.
+_PEFT_NAMES = ("get_dyn_peft_model", "DynPeftModel", "DynConfig", "RepAdapterConfig", "BottleneckConfig")
+
+__all__ = [
+    "AdaptiveModel",
+    "BottleneckConfig",
+    "DynConfig",
+    "DynPeftModel",
+    "ExitCosts",
+    "ExitOutput",
+    "ExitPolicy",
+    "ExitTable",
+    "MultiExit",
+    "MultiExitLoss",
+    "RepAdapterConfig",
+    "__version__",
+    "collect_exits",
+    "exit_costs",
+    "exit_latency",
+    "get_dyn_peft_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PEFT_NAMES:
+        try:
+            return getattr(import_module(".peft", __name__), name)
+        except ModuleNotFoundError as error:
+            if error.name in ("peft", "transformers", "accelerate"):
+                raise ImportError(
+                    f"exit_plugins.{name} needs {error.name}, which is not installed: pip install 'exit-plugins[peft]'"
+                ) from error
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,80 @@
+"""How sure an exit is of its answer, as one number per sample in [0, 1], and temperatures that make it honest."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["CONFIDENCES", "confidence", "fit_temperatures"]
+
+
+def _max_softmax(logits: Tensor) -> Tensor:
+    # exp(max - logsumexp): no (B, C) softmax is written.
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """1 - H(p) / log C: one for a certain answer, zero for a uniform one."""
+    log_p = logits.log_softmax(-1)
+    # A class at -inf has p = 0 and adds nothing; 0 * -inf would make NaN of it.
+    entropy = -torch.where(log_p.isneginf(), torch.zeros_like(log_p), log_p.exp() * log_p).sum(-1)
+    return 1 - entropy / torch.log(torch.tensor(float(max(logits.shape[-1], 2)), device=logits.device))
+
+
+def _margin(logits: Tensor) -> Tensor:
+    """Probability of the first class minus that of the second."""
+    if logits.shape[-1] < 2:
+        return _max_softmax(logits)
+    top = logits.softmax(-1).topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
+
+
+CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_softmax": _max_softmax,
+    "entropy": _entropy,
+    "margin": _margin,
+}
+
+
+def confidence(logits: Tensor, measure: str = "max_softmax", temperature: float = 1.0) -> Tensor:
+    """Confidence (...,) in [0, 1] of logits (..., num_classes), computed in float32; NaN where the logits hold NaN.
+
+    ``measure`` is ``max_softmax``, ``entropy`` (1 - H / log C) or ``margin`` (first minus second probability).
+    ``temperature`` divides the logits first. ValueError for an unknown measure or a temperature that is not positive.
+    """
+    if measure not in CONFIDENCES:
+        raise ValueError(f"unknown confidence {measure!r}; choose one of {', '.join(CONFIDENCES)}.")
+    if not temperature > 0:
+        raise ValueError(f"a temperature must be positive, got {temperature}.")
+    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+    return CONFIDENCES[measure](logits if temperature == 1.0 else logits / temperature)
+
+
+def fit_temperatures(logits: Sequence[Tensor] | Tensor, target: Tensor) -> list[float]:
+    """One temperature per exit, each minimising the negative log-likelihood on held-out samples.
+
+    Args:
+        logits: (K, N, C), or K tensors (N, C), of a split the model was not trained on.
+        target: (N,) class indices.
+
+    Returns:
+        K floats. The likelihood is convex in 1/T, so a bounded scalar search finds the optimum (in [0.02, 50]).
+    """
+    from scipy.optimize import minimize_scalar
+
+    target = torch.as_tensor(target)
+    temperatures = []
+    for exit_logits in logits:
+        z = torch.as_tensor(exit_logits).double()
+        if z.shape[0] != target.shape[0] or z.shape[0] == 0:
+            raise ValueError(f"logits of {z.shape[0]} samples do not fit {target.shape[0]} targets (and none is too few).")
+        if not torch.isfinite(z).all():
+            raise ValueError("temperatures cannot be fitted on logits that are NaN or infinite; drop those samples.")
+
+        def nll(log_inverse: float, z: Tensor = z) -> float:
+            scaled = z * float(torch.tensor(log_inverse).exp())
+            return float((scaled.logsumexp(-1) - scaled.gather(-1, target[:, None])[:, 0]).mean())
+
+        best = minimize_scalar(nll, bounds=(-3.912, 3.912), method="bounded", options={"xatol": 1e-5})
+        temperatures.append(float(torch.tensor(-best.x).exp()))
+    return temperatures

@@ -1,0 +1,97 @@
+"""What reaching each exit costs: multiply-accumulates, parameters, and measured latency, all cumulative."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from .protocol import check_multi_exit, exit_device
+
+__all__ = ["ExitCosts", "exit_costs", "exit_latency"]
+
+
+@dataclass(frozen=True)
+class ExitCosts:
+    """Cumulative cost of stopping at each exit, earlier heads included.
+
+    Attributes:
+        macs: (K,) float64, multiply-accumulates of convolutions, linear layers and attention products for one sample;
+            normalisation, pooling, activations and biases are not counted. The papers call these FLOPs.
+        params: (K,) int64, parameters read on the way to the exit.
+    """
+
+    macs: np.ndarray
+    params: np.ndarray
+
+
+class _SeenParameters(TorchFunctionMode):
+    """Collects the parameters that reach any torch function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, int] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, nn.Parameter):
+                self.seen[id(leaf)] = leaf.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def exit_costs(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> ExitCosts:
+    """Cost of every exit for one image of ``input_size`` (channels, height, width).
+
+    The model is not run: a copy of it on the meta device is, one segment after the other, so even large models take
+    moments and nothing about ``model`` changes.
+    """
+    check_multi_exit(model)
+    if len(input_size) != 3 or min(input_size) < 1:
+        raise ValueError(f"input_size is (channels, height, width), got {tuple(input_size)}.")
+    shadow = copy.deepcopy(model).to("meta").eval()
+    dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
+    macs, params = [], []
+    counter, parameters = FlopCounterMode(display=False), _SeenParameters()
+    with torch.no_grad(), counter, parameters:
+        state = shadow.begin_exits(torch.empty((1, *input_size), device="meta", dtype=dtype))
+        for index in range(shadow.num_exits):
+            _, state = shadow.forward_exit(index, state)
+            macs.append(counter.get_total_flops() / 2)
+            params.append(sum(parameters.seen.values()))
+    return ExitCosts(macs=np.array(macs), params=np.array(params, dtype=np.int64))
+
+
+@torch.inference_mode()
+def exit_latency(model: nn.Module, x: Tensor, repeats: int = 20, warmup: int = 3) -> np.ndarray:
+    """Measured seconds (K,) to reach each exit with the batch ``x``, cumulative; the median of ``repeats`` full runs.
+
+    The segments are timed one after the other within each run, so a drift of the machine touches all alike.
+    """
+    check_multi_exit(model)
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"expected repeats >= 1 and warmup >= 0, got {repeats} and {warmup}.")
+    device = exit_device(model)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    times = np.zeros((repeats, model.num_exits))
+    training, x = model.training, x.to(device)
+    model.eval()
+    try:
+        for run in range(-warmup, repeats):
+            synchronize()
+            start = time.perf_counter()
+            state = model.begin_exits(x)
+            for index in range(model.num_exits):
+                _, state = model.forward_exit(index, state)
+                synchronize()
+                if run >= 0:
+                    times[run, index] = time.perf_counter() - start
+    finally:
+        model.train(training)
+    segments = np.median(np.diff(times, axis=1, prepend=0.0), axis=0)
+    return np.cumsum(segments)

@@ -1,0 +1,166 @@
+"""ExitPolicy: the thresholds, and where they come from, in one JSON file."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ._files import atomic_write
+from .confidence import CONFIDENCES
+from .protocol import check_multi_exit
+
+__all__ = ["ExitPolicy", "describe_model"]
+
+_FORMAT = "exit_plugins.policy"
+_VERSION = 1
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What a policy remembers of the model it was made for: architecture, number of exits and of classes."""
+    check_multi_exit(model)
+    config = getattr(model, "pretrained_cfg", None)
+    architecture = config.get("architecture") if hasattr(config, "get") else getattr(config, "architecture", None)
+    return {
+        "architecture": architecture or type(model).__name__,
+        "num_exits": int(model.num_exits),
+        "num_classes": int(getattr(model, "num_classes", 0)) or None,
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class ExitPolicy:
+    """When to leave: a sample leaves at the first exit whose confidence is at least that exit's threshold.
+
+    Attributes:
+        thresholds: (K,) float32, as confidences are, so that a tie is a tie everywhere; the last is -inf, since
+            whoever is still there leaves. +inf closes an exit.
+        measure: the confidence the thresholds are for.
+        temperatures: (K,) that logits are divided by before the confidence is taken.
+        costs: (K,) cumulative cost per exit the policy was solved for, or None.
+        model: what ``describe_model`` said of the model it was made for, or None for a policy made by hand.
+        source: where it comes from: method, budget, samples, expected accuracy and cost.
+        certificate: a guarantee from ``exits.risk``, or None.
+
+    JSON (``format`` "exit_plugins.policy", ``version`` 1): these fields under their names; infinite thresholds are
+    the strings "inf" and "-inf".
+    """
+
+    thresholds: np.ndarray
+    measure: str = "max_softmax"
+    temperatures: np.ndarray | None = None
+    costs: np.ndarray | None = None
+    model: dict[str, Any] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    certificate: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        thresholds = np.array(self.thresholds, dtype=np.float32)
+        if thresholds.ndim != 1 or len(thresholds) == 0:
+            raise ValueError(f"thresholds must be a list with one number per exit, got shape {thresholds.shape}.")
+        if np.isnan(thresholds).any():
+            raise ValueError(f"thresholds must not be NaN, got {thresholds.tolist()}; use inf to close an exit.")
+        # The last exit answers whatever its confidence: any number written there by hand means the same.
+        thresholds[-1] = -math.inf
+        set_(self, "thresholds", thresholds)
+        if self.measure not in CONFIDENCES:
+            raise ValueError(f"unknown confidence {self.measure!r}; choose one of {', '.join(CONFIDENCES)}.")
+        temperatures = np.ones(self.num_exits) if self.temperatures is None else np.array(self.temperatures, float)
+        if temperatures.shape != thresholds.shape or not (temperatures > 0).all():
+            raise ValueError(f"temperatures must be {self.num_exits} positive numbers, got {temperatures.tolist()}.")
+        set_(self, "temperatures", temperatures)
+        if self.costs is not None:
+            costs = np.array(self.costs, float)
+            if costs.shape != thresholds.shape:
+                raise ValueError(f"costs for {costs.size} exits do not fit {self.num_exits} thresholds.")
+            set_(self, "costs", costs)
+        num_exits = (self.model or {}).get("num_exits", self.num_exits)
+        if num_exits != self.num_exits:
+            raise ValueError(f"{self.num_exits} thresholds do not fit a model with {num_exits} exits.")
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.thresholds)
+
+    def choose(self, confidence: np.ndarray) -> np.ndarray:
+        """Exit index (N,) each sample leaves at, from confidences (K, N); NaN never leaves early."""
+        confidence = np.asarray(confidence, dtype=np.float32)
+        if confidence.ndim != 2 or confidence.shape[0] != self.num_exits:
+            raise ValueError(f"a policy of {self.num_exits} exits cannot read confidences of shape {confidence.shape}.")
+        leaves = confidence >= self.thresholds[:, None]
+        leaves[-1] = True
+        return leaves.argmax(0)
+
+    def check_model(self, model: nn.Module) -> None:
+        """ValueError unless the policy can run on ``model``: as many exits and, where recorded, the same model."""
+        found = describe_model(model)
+        if found["num_exits"] != self.num_exits:
+            raise ValueError(
+                f"the policy has {self.num_exits} thresholds and {found['architecture']} has {found['num_exits']} "
+                "exits; solve thresholds for this model."
+            )
+        for key, expected in (self.model or {}).items():
+            if expected is not None and found.get(key) is not None and found[key] != expected:
+                raise ValueError(
+                    f"the policy was made for {key} {expected} and the model has {found[key]}; solve thresholds for "
+                    "this model."
+                )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON file, whole or not at all."""
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "thresholds": [_to_json(t) for t in self.thresholds],
+            "measure": self.measure,
+            "temperatures": self.temperatures.tolist(),
+            "costs": None if self.costs is None else self.costs.tolist(),
+            "model": self.model,
+            "source": self.source,
+            "certificate": self.certificate,
+        }
+        with atomic_write(path) as file:
+            file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ExitPolicy":
+        """Read a policy; FileNotFoundError, or ValueError in one line for a file that is not a whole policy."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no policy at {path}; solve one with solve_thresholds(...).save({str(path)!r}).")
+        try:
+            document = json.loads(Path(path).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); it may be cut off: write the policy again.") from error
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not an exit policy (its format field is not {_FORMAT!r}).")
+        if document.get("version") != _VERSION:
+            raise ValueError(f"{path} has version {document.get('version')}, this package reads version {_VERSION}.")
+        unknown = set(document) - {"format", "version", *cls.__dataclass_fields__}
+        if unknown:
+            raise ValueError(f"{path} holds unknown fields: {', '.join(sorted(unknown))}.")
+        try:
+            return cls(
+                thresholds=np.array([_from_json(t) for t in document["thresholds"]]),
+                **{key: document[key] for key in cls.__dataclass_fields__ if key != "thresholds" and key in document},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid exit policy: {error}") from error
+
+
+def _to_json(threshold: np.float32) -> float | str:
+    # str() of a float32 is the shortest decimal that reads back as the same float32.
+    return str(threshold) if np.isinf(threshold) else float(str(threshold))
+
+
+def _from_json(threshold: float | str) -> float:
+    if isinstance(threshold, str) and threshold not in ("inf", "-inf"):
+        raise ValueError(f"threshold {threshold!r} is neither a number nor 'inf' nor '-inf'")
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, str)):
+        raise ValueError(f"threshold {threshold!r} is not a number")
+    return float(threshold)

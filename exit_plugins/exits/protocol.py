@@ -1,0 +1,89 @@
+"""The one idea everything else is written against: a multi-exit model is a chain of segments, segment i ends in exit i."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["MultiExit", "batch_size", "check_multi_exit", "map_state", "select_samples"]
+
+State = Any  # a pytree of tensors, batch first in every leaf
+
+
+class MultiExit:
+    """Mixin of an ``nn.Module`` whose computation can stop at several exits.
+
+    A model says what it is in three members; the rest follows:
+
+    * ``num_exits``: how many exits there are, K.
+    * ``begin_exits(x)``: images (B, C, H, W) to the state the first segment starts from.
+    * ``forward_exit(index, state)``: runs only what lies between exit ``index - 1`` and exit ``index`` (0-based) and
+      returns that exit's logits (B, num_classes) and the state the next segment starts from.
+
+    The state is a pytree (tuples, lists, dicts) of tensors with the batch first in every leaf, so that samples can
+    leave at any exit and the others go on: ``forward_exit(i + 1, select_samples(state, index))`` is always valid.
+    It carries exactly what later segments read.
+
+    In training ``forward`` returns the tuple of every exit's logits, in evaluation the last exit's logits.
+    """
+
+    num_exits: int
+
+    def begin_exits(self, x: Tensor) -> State:
+        raise NotImplementedError(f"{type(self).__name__} must define begin_exits(x) -> state")
+
+    def forward_exit(self, index: int, state: State) -> tuple[Tensor, State]:
+        raise NotImplementedError(f"{type(self).__name__} must define forward_exit(index, state) -> (logits, state)")
+
+    def forward_exits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, num_classes) of every exit, shallow to deep, in either mode."""
+        state = self.begin_exits(x)
+        outputs = []
+        for index in range(self.num_exits):
+            logits, state = self.forward_exit(index, state)
+            outputs.append(logits)
+        return tuple(outputs)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = self.forward_exits(x)
+        return outputs if self.training else outputs[-1]
+
+
+def check_multi_exit(model: nn.Module) -> nn.Module:
+    """Return ``model`` if it follows the protocol, whatever its class; raise TypeError naming what is missing if not."""
+    missing = [name for name in ("num_exits", "begin_exits", "forward_exit") if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"{type(model).__name__} is not a multi-exit model: it has no {', '.join(missing)}. Expected a module that "
+            "follows exit_plugins.MultiExit (num_exits, begin_exits(x), forward_exit(index, state)); if it is wrapped "
+            "(DataParallel, DDP, EMA, torch.compile), pass the module inside."
+        )
+    if int(model.num_exits) < 1:
+        raise TypeError(f"{type(model).__name__}.num_exits is {model.num_exits}; a multi-exit model has at least one.")
+    return model
+
+
+def map_state(function, state: State) -> State:
+    """``state`` with ``function`` applied to every tensor in it."""
+    return pytree.tree_map_only(Tensor, function, state)
+
+
+def select_samples(state: State, index: Tensor) -> State:
+    """The state of the samples in ``index`` (int64, 1-d): one gather per leaf."""
+    return map_state(lambda leaf: leaf.index_select(0, index), state)
+
+
+def batch_size(state: State) -> int:
+    """Number of samples in ``state``; ValueError if its leaves disagree or there is none."""
+    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(sizes) != 1:
+        raise ValueError(f"every leaf of a state has the batch first; found leading sizes {sorted(sizes) or 'none'}.")
+    return sizes.pop()
+
+
+def exit_device(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer (CPU if it has neither)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
