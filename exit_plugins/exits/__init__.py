@@ -1,4 +1,4 @@
-"""The ground floor: what an exit is, and everything done with exits whatever the model. Needs torch, numpy and scipy."""
+"""The ground floor: what an exit is, and all that is done with exits whatever the model (torch, numpy, scipy)."""
 
 from .adaptive import AdaptiveModel, ExitOutput
 from .confidence import confidence, fit_temperatures

@@ -67,7 +67,7 @@ def fit_temperatures(logits: Sequence[Tensor] | Tensor, target: Tensor) -> list[
     for exit_logits in logits:
         z = torch.as_tensor(exit_logits).double()
         if z.shape[0] != target.shape[0] or z.shape[0] == 0:
-            raise ValueError(f"logits of {z.shape[0]} samples do not fit {target.shape[0]} targets (and none is too few).")
+            raise ValueError(f"expected as many logits as targets, and some: got {z.shape[0]} and {target.shape[0]}.")
         if not torch.isfinite(z).all():
             raise ValueError("temperatures cannot be fitted on logits that are NaN or infinite; drop those samples.")
 

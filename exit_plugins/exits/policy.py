@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ class ExitPolicy:
         try:
             document = json.loads(Path(path).read_text())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); it may be cut off: write the policy again.") from error
+            raise ValueError(f"{path} is not valid JSON ({error}); it may be cut off, write it again.") from error
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise ValueError(f"{path} is not an exit policy (its format field is not {_FORMAT!r}).")
         if document.get("version") != _VERSION:

@@ -1,4 +1,4 @@
-"""The one idea everything else is written against: a multi-exit model is a chain of segments, segment i ends in exit i."""
+"""The one idea all else is written against: a multi-exit model is a chain of segments, segment i ends in exit i."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ class MultiExit:
 
 
 def check_multi_exit(model: nn.Module) -> nn.Module:
-    """Return ``model`` if it follows the protocol, whatever its class; raise TypeError naming what is missing if not."""
+    """Return ``model`` if it follows the protocol, whatever its class; TypeError naming what is missing if not."""
     missing = [name for name in ("num_exits", "begin_exits", "forward_exit") if not hasattr(model, name)]
     if missing:
         raise TypeError(

@@ -156,7 +156,7 @@ class ExitTable:
     def load(cls, path: str | os.PathLike) -> "ExitTable":
         """Read what ``save`` wrote; ValueError if the file is something else or damaged."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no exit table at {path}; write one with ExitTable.save or `exit-plugins evaluate`.")
+            raise FileNotFoundError(f"no exit table at {path}; write one with ExitTable.save.")
         try:
             with np.load(path, allow_pickle=False) as file:
                 if str(file["format"]) != _FORMAT:
@@ -165,7 +165,7 @@ class ExitTable:
                     file["confidence"],
                     file["prediction"],
                     file["target"],
-                    file["logits"] if "logits" in file else None,
+                    file.get("logits"),
                     str(file["measure"]),
                     tuple(file["temperatures"].tolist()),
                 )

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-_SHARED = {"layers", "train"}
+_SHARED = {"data", "layers", "train"}
 
 ARCHITECTURES = sorted(m.name for m in iter_modules(__path__) if m.name not in _SHARED and not m.name.startswith("_"))
 for _name in ARCHITECTURES:
