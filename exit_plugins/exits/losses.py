@@ -1,6 +1,6 @@
 """Losses over the tuple of every exit's logits: weighted cross-entropy plus distillation from the last exit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,8 @@ class MultiExitLoss(nn.Module):
         alpha: share of the cross-entropy in the early exits' loss; used by ``paper`` alone.
         label_smoothing: of hard targets; soft targets (mixup, cutmix) are taken as they are.
         weights: an ``ExitWeights`` of your own instead of a preset.
+        criterion: takes the place of the cross-entropy: called with one exit's logits (B, C), float32, and the target,
+            returns a scalar. A host's own loss (binary cross-entropy, Jensen-Shannon, ...) comes in here.
 
     Shapes: ``outputs`` a tuple of K tensors (B, C); ``target`` (B,) int64 or (B, C) probabilities. A plain tensor of
     logits, a model in evaluation mode say, gets its cross-entropy alone. Returns a scalar.
@@ -63,6 +65,7 @@ class MultiExitLoss(nn.Module):
         alpha: float = 0.5,
         label_smoothing: float = 0.0,
         weights: ExitWeights | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if num_exits < 1:
@@ -75,12 +78,17 @@ class MultiExitLoss(nn.Module):
             weights = LOSS_PRESETS[preset](num_exits, alpha)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}.")
+        if criterion is not None and label_smoothing:
+            raise ValueError(
+                "label_smoothing belongs to the built-in cross-entropy; give it to your criterion instead."
+            )
         if len(weights.ce) != num_exits or len(weights.kl) != num_exits:
             raise ValueError(f"weights for {len(weights.ce)} and {len(weights.kl)} exits do not fit {num_exits} exits.")
         self.num_exits = num_exits
         self.preset = preset
         self.weights = weights
         self.label_smoothing = label_smoothing
+        self.criterion = criterion
 
     def extra_repr(self) -> str:
         return f"num_exits={self.num_exits}, ce={self.weights.ce}, kl={self.weights.kl}"
@@ -104,6 +112,8 @@ class MultiExitLoss(nn.Module):
         return total
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.criterion is not None:
+            return self.criterion(logits.float(), target)
         if target.ndim == 2:
             if target.shape != logits.shape:
                 raise ValueError(f"soft targets {tuple(target.shape)} do not fit logits {tuple(logits.shape)}.")
