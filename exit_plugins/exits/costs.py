@@ -54,7 +54,8 @@ def exit_costs(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> E
     check_multi_exit(model)
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size is (channels, height, width), got {tuple(input_size)}.")
-    shadow = copy.deepcopy(model).to("meta").eval()
+    # Without gradients, or a view of a parameter trips the counter's backward hooks even under no_grad.
+    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     macs, params = [], []
     counter, parameters = FlopCounterMode(display=False), _SeenParameters()
