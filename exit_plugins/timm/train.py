@@ -1,0 +1,621 @@
+"""Training by timm's own scripts, unmodified.
+
+The first door runs any of timm's scripts with every model of this package registered::
+
+    python -m exit_plugins.timm.train PATH/TO/train.py --model dynperceiver_regnety_400mf --data-dir DATA ...
+    torchrun --nproc_per_node 2 -m exit_plugins.timm.train PATH/TO/train.py ...
+
+``--exit-loss`` and its companions are ours and go into ``exit_args.yaml`` beside timm's ``args.yaml``; everything else
+is the script's. ``train.py`` gets ``MultiExitTask`` in the place of ``timm.task.ClassificationTask``; validate.py,
+benchmark.py and inference.py run as they are. The second door needs no launcher: ``python train.py --device-modules
+exit_plugins.timm.train ...`` trains with the default loss.
+"""
+
+import argparse
+import ast
+import logging
+import os
+import runpy
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import Tensor, nn
+
+from exit_plugins._version import __version__
+from exit_plugins.exits import MultiExitLoss
+from exit_plugins.exits._files import atomic_write
+from exit_plugins.exits.losses import LOSS_PRESETS, ExitWeights
+
+__all__ = ["ExitLossOptions", "MultiExitEvaluator", "MultiExitTask", "main"]
+
+_logger = logging.getLogger(__name__)
+
+# What this module takes from timm or puts itself in the place of.
+_RELIED_ON = {
+    "timm.task": (
+        "ClassificationTask",
+        "ClassificationEvaluator",
+        "MultiLabelClassificationTask",
+        "LogitDistillationTask",
+        "FeatureDistillationTask",
+        "TokenDistillationTask",
+    ),
+    "timm.task.ClassificationTask": (
+        "compile",
+        "compile_ema",
+        "create_evaluator",
+        "forward",
+        "get_clip_parameters",
+        "get_eval_model",
+        "get_trainable_module",
+        "prepare_distributed",
+        "setup_ema",
+    ),
+    "timm.utils": ("accuracy", "get_outdir", "unwrap_model", "update_summary"),
+    "timm.models": ("create_model",),
+}
+
+
+def check_timm() -> None:
+    """Raise ImportError if the installed timm lacks a name this module relies on, saying which."""
+    for owner, names in _RELIED_ON.items():
+        module, _, cls = owner.partition(".ClassificationTask")
+        for name in names:
+            try:
+                found = import_module(module)
+                found = getattr(found, "ClassificationTask") if owner != module else found  # noqa: B009
+                getattr(found, name)
+            except (ImportError, AttributeError):
+                raise ImportError(
+                    f"training by timm's scripts relies on {owner}.{name}, which timm {timm.__version__} lacks; "
+                    'it is known to work with timm 1.0.31: pip install "timm>=1.0.31,<1.1".'
+                ) from None
+
+
+check_timm()
+
+from timm.task import ClassificationEvaluator, ClassificationTask  # noqa: E402
+from timm.utils import unwrap_model  # noqa: E402
+
+
+def is_multi_exit(model: nn.Module) -> bool:
+    """Whether ``model`` (unwrapped) has exits to train."""
+    return all(hasattr(model, name) for name in ("num_exits", "begin_exits", "forward_exit"))
+
+
+@dataclass(frozen=True)
+class ExitLossOptions:
+    """How the exits are weighted; see ``exit_plugins.MultiExitLoss``.
+
+    Attributes:
+        preset: name of a preset, or None for the default one without having asked for it.
+        alpha: of the preset ``paper``.
+        ce, kl: weights of the classification and of the distillation term, one per exit, in the preset's place.
+    """
+
+    preset: str | None = None
+    alpha: float | None = None
+    ce: tuple[float, ...] | None = None
+    kl: tuple[float, ...] | None = None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether anything was asked for."""
+        return self != ExitLossOptions()
+
+    def loss(self, num_exits: int, criterion: Callable[[Tensor, Tensor], Tensor]) -> MultiExitLoss:
+        """The loss for a model of ``num_exits`` exits, with the host's ``criterion`` at every exit."""
+        preset, alpha = self.preset or "paper", 0.5 if self.alpha is None else self.alpha
+        loss = MultiExitLoss(num_exits, preset, alpha, criterion=criterion)
+        if self.ce is None and self.kl is None:
+            return loss
+        weights = ExitWeights(
+            loss.weights.ce if self.ce is None else self.ce, loss.weights.kl if self.kl is None else self.kl
+        )
+        for name, given in zip(("ce", "kl"), (weights.ce, weights.kl), strict=True):
+            if len(given) != num_exits:
+                raise ValueError(
+                    f"--exit-loss-{name} has {len(given)} weights and the model {num_exits} exits; give one per exit."
+                )
+        for index, pair in enumerate(zip(weights.ce, weights.kl, strict=True)):
+            if not any(pair):
+                raise ValueError(f"exit {index + 1} has no weight in the loss and would never be trained.")
+        return MultiExitLoss(num_exits, weights=weights, criterion=criterion)
+
+
+class MultiExitTask(ClassificationTask):
+    """timm's classification task for models with exits; a model without exits is trained as timm does.
+
+    The loss is a ``MultiExitLoss`` with timm's criterion (label smoothing, mixup, BCE, ...) at every exit. The
+    evaluation model returns the last exit's logits, as validation expects, and makes the others known to
+    ``create_evaluator()`` and to the launcher's log.
+
+    Args:
+        model: a multi-exit model, or any classifier.
+        criterion, criterion_kwargs, device, dtype, verbose: as in timm's ``ClassificationTask``.
+        exit_loss: how the exits are weighted: ``ExitLossOptions``, or a ``MultiExitLoss`` of your own, which then
+            computes the whole loss.
+
+    Raises:
+        TypeError: exits were weighted for a model that has none, or that torch.jit.script reduced to its last exit.
+        ValueError: the loss is for another number of exits than the model's.
+    """
+
+    exit_loss_options = ExitLossOptions()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+        exit_loss: MultiExitLoss | ExitLossOptions | None = None,
+    ) -> None:
+        super().__init__(
+            model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose
+        )
+        if exit_loss is None:
+            exit_loss = self.exit_loss_options
+        inner = unwrap_model(model)
+        self.multi_exit = is_multi_exit(inner)
+        if not self.multi_exit:
+            self._check_single_exit(inner, exit_loss)
+            return
+        if isinstance(exit_loss, ExitLossOptions):
+            exit_loss = exit_loss.loss(inner.num_exits, self.criterion)
+        if exit_loss.num_exits != inner.num_exits:
+            raise ValueError(
+                f"the loss was made for {exit_loss.num_exits} exits and {type(inner).__name__} has {inner.num_exits}; "
+                f"use MultiExitLoss(num_exits={inner.num_exits})."
+            )
+        self.exit_loss = exit_loss.to(self.device)
+        # TrainingTask.get_eval_model() finds this name; so does compile().
+        self.eval_model = _ExitRecorder(model)
+        if self.verbose:
+            _logger.info(f"Training {inner.num_exits} exits: {self.exit_loss.extra_repr()}")
+
+    @staticmethod
+    def _check_single_exit(model: nn.Module, exit_loss: MultiExitLoss | ExitLossOptions) -> None:
+        if isinstance(model, torch.jit.ScriptModule) and hasattr(model, "num_exits"):
+            raise TypeError(
+                "torch.jit.script keeps only the last exit of a multi-exit model, so the others would never be "
+                "trained; train without --torchscript (--torchcompile works)."
+            )
+        if isinstance(exit_loss, MultiExitLoss) or exit_loss.explicit:
+            raise TypeError(
+                f"{type(model).__name__} has no exits, so the exit loss does not apply: leave it out, or choose a "
+                "model of exit_plugins.timm.list_models()."
+            )
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss and last exit's logits of a batch: ``{"loss": (), "output": (B, C)}``."""
+        if not self.multi_exit:
+            return super().forward(input, target)
+        outputs = self.trainable_module(input)
+        return {
+            "loss": self.exit_loss(outputs, target),
+            "output": outputs if isinstance(outputs, Tensor) else outputs[-1],
+        }
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter] | Iterator[nn.Parameter]:
+        """Parameters to clip; with ``exclude_head`` (AGC) all but those of every exit's classifier."""
+        if not (self.multi_exit and exclude_head):
+            return super().get_clip_parameters(exclude_head)
+        model = unwrap_model(self.get_trainable_module())
+        heads = {id(p) for head in _modules(model.get_classifier()) for p in head.parameters()}
+        return [p for p in model.parameters() if id(p) not in heads]
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "MultiExitTask":
+        """Wrap the model in DistributedDataParallel; on the CPU, where DDP refuses device ids, without them."""
+        return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
+
+    def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Create timm's moving average of the model."""
+        ema = super().setup_ema(*args, **kwargs)
+        if self.multi_exit:
+            self.eval_model_ema = _ExitRecorder(ema, " (EMA)")
+        return ema
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the training step's model and the evaluation of all exits."""
+        if not self.multi_exit:
+            return super().compile(backend, mode, **compile_kwargs)
+        recorder = self.eval_model
+        super().compile(backend, mode, **compile_kwargs)
+        self.eval_model = recorder.compile_exits(backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def compile_ema(
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module | None:
+        """Compile the evaluation of the moving average, if there is one."""
+        if not (self.multi_exit and self.has_ema()):
+            return super().compile_ema(backend, mode, **compile_kwargs)
+        return self.eval_model_ema.compile_exits(backend=backend, mode=mode, **compile_kwargs)
+
+    def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
+        """Evaluator that also reports the accuracy of every exit."""
+        if not self.multi_exit:
+            return super().create_evaluator(**kwargs)
+        return MultiExitEvaluator(unwrap_model(self.trainable_module).num_exits, device=self.device, **kwargs)
+
+
+def _modules(classifier: Any) -> tuple[nn.Module, ...]:
+    """The modules of whatever ``get_classifier()`` returned."""
+    if isinstance(classifier, nn.Module):
+        return (classifier,)
+    return tuple(m for m in (classifier or ()) if isinstance(m, nn.Module))
+
+
+@dataclass
+class _Recorded:
+    """What a validation batch's last logits carry with them: the earlier exits' logits, and in which pass."""
+
+    earlier: tuple[Tensor, ...]
+    evaluation: "_Evaluation"
+
+
+class _ExitRecorder(nn.Module):
+    """Runs every exit and returns the last one's logits; the others ride along as ``logits.recorded``.
+
+    ``module`` is the name timm unwraps, so that checkpoints hold the model's own keys.
+    """
+
+    def __init__(self, module: nn.Module, suffix: str = "") -> None:
+        super().__init__()
+        self.module = module
+        self.suffix = suffix
+        self.num_exits = unwrap_model(module).num_exits
+        self.run = unwrap_model(module).forward_exits
+        self.evaluation = _Evaluation(self.num_exits, suffix)
+
+    def compile_exits(self, **kwargs: Any) -> "_ExitRecorder":
+        self.run = torch.compile(unwrap_model(self.module).forward_exits, **kwargs)
+        return self
+
+    def train(self, mode: bool = True) -> "_ExitRecorder":
+        # Scripts call eval() once before they go over the validation set: a new evaluation begins.
+        if not mode:
+            self.evaluation = _Evaluation(self.num_exits, self.suffix)
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *earlier, last = self.run(x)
+        last.recorded = _Recorded(tuple(earlier), self.evaluation)
+        return last
+
+
+class _Evaluation:
+    """Correct predictions of every exit over one pass of a validation set."""
+
+    def __init__(self, num_exits: int, suffix: str = "") -> None:
+        self.suffix = suffix
+        self.counts = torch.zeros(num_exits + 1, dtype=torch.int64)  # correct at exits 1 to K, samples
+
+    @torch.no_grad()
+    def update(self, logits: Sequence[Tensor], target: Tensor, distributed: bool = False) -> None:
+        """Add a batch: K tensors (B, C) and class indices (B,)."""
+        correct = [(exit.argmax(-1) == target).sum() for exit in logits]
+        counts = torch.stack([*correct, correct[0].new_tensor(len(target))])
+        if distributed:
+            torch.distributed.all_reduce(counts)
+        self.counts += counts.cpu()
+
+    def metrics(self) -> "OrderedDict[str, float]":
+        """``top1_exit1`` to ``top1_exitK`` in percent."""
+        *correct, count = self.counts.tolist()
+        return OrderedDict((f"top1_exit{k}", 100.0 * hits / max(count, 1)) for k, hits in enumerate(correct, start=1))
+
+    def log(self) -> None:
+        exits = "  ".join(f"{k}: {value:.3f}" for k, value in enumerate(self.metrics().values(), start=1))
+        _logger.info(f"Test{self.suffix}: Acc@1 of every exit  {exits}")
+
+
+class MultiExitEvaluator(ClassificationEvaluator):
+    """timm's evaluator, with ``top1_exit1`` ... ``top1_exitK`` (percent) among its metrics.
+
+    Args:
+        num_exits: K.
+        kwargs: as timm's ``ClassificationEvaluator``.
+    """
+
+    def __init__(self, num_exits: int, **kwargs: Any) -> None:
+        self.num_exits = num_exits
+        super().__init__(**kwargs)
+        self.metric_names = (*self.metric_names, *(f"top1_exit{k + 1}" for k in range(num_exits)))
+
+    def reset(self) -> None:
+        super().reset()
+        self.exits = _Evaluation(self.num_exits)
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Add a batch's last logits (B, C), as the task's evaluation model returned them, and class indices (B,)."""
+        recorded = getattr(output, "recorded", None)
+        if recorded is None:
+            raise ValueError(
+                "these logits do not come from this task's evaluation model (task.get_eval_model()), so the other "
+                "exits' predictions are not known."
+            )
+        before = self.num_samples
+        super().update(output, target)
+        seen = self.num_samples - before
+        if seen:
+            self.exits.suffix = recorded.evaluation.suffix
+            self.exits.update([logits[:seen] for logits in (*recorded.earlier, output)], target[:seen])
+
+    def compute(self, distributed: bool = False) -> "OrderedDict[str, float]":
+        metrics = super().compute(distributed=distributed)
+        exits = _Evaluation(self.num_exits, self.exits.suffix)
+        exits.counts = self.exits.counts.to(self.device)
+        if distributed:
+            torch.distributed.all_reduce(exits.counts)
+        if not distributed or torch.distributed.get_rank() == 0:
+            exits.log()
+        metrics.update(exits.metrics())
+        return metrics
+
+
+class _ValidationLog:
+    """Per-exit accuracies for scripts that measure with ``timm.utils.accuracy`` and report by ``update_summary``."""
+
+    def __init__(self, accuracy: Callable[..., Any], update_summary: Callable[..., Any]) -> None:
+        self._accuracy = accuracy
+        self._update_summary = update_summary
+        self._evaluations: deque[_Evaluation] = deque(maxlen=2)  # the model's and its moving average's
+
+    def accuracy(self, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
+        recorded = getattr(output, "recorded", None)
+        if recorded is not None and target.ndim == 1:
+            if not self._evaluations or self._evaluations[-1] is not recorded.evaluation:
+                self._evaluations.append(recorded.evaluation)
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            recorded.evaluation.update((*recorded.earlier, output), target, distributed)
+        return self._accuracy(output, target, *args, **kwargs)
+
+    def update_summary(self, epoch: int, train_metrics: dict, eval_metrics: dict | None, *args: Any, **kw: Any) -> Any:
+        for evaluation in self._evaluations:
+            evaluation.log()
+        if self._evaluations and eval_metrics is not None:
+            eval_metrics.update(self._evaluations[-1].metrics())  # timm reports the moving average where there is one
+        self._evaluations.clear()
+        return self._update_summary(epoch, train_metrics, eval_metrics, *args, **kw)
+
+
+def _refusing_exits(task: type[nn.Module]) -> type[nn.Module]:
+    """``task`` for models with one output; a multi-exit model would crash it in the first step."""
+
+    class OneOutputTask(task):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            for model in (*args[:1], kwargs.get("student_model"), kwargs.get("model")):
+                if isinstance(model, nn.Module) and is_multi_exit(unwrap_model(model)):
+                    raise TypeError(
+                        f"timm's {task.__name__} trains models with one output, and {type(model).__name__} has "
+                        f"{model.num_exits} exits; the exits learn from the last one by --exit-loss instead."
+                    )
+            super().__init__(*args, **kwargs)
+
+    OneOutputTask.__name__ = OneOutputTask.__qualname__ = task.__name__
+    return OneOutputTask
+
+
+def _training_names(options: ExitLossOptions) -> dict[str, dict[str, Any]]:
+    """What stands where, by module, while a training script runs."""
+    import timm.task
+    import timm.utils
+
+    class Task(MultiExitTask):
+        exit_loss_options = options
+
+    Task.__name__ = Task.__qualname__ = "MultiExitTask"
+    log = _ValidationLog(timm.utils.accuracy, timm.utils.update_summary)
+    make_folder = timm.utils.get_outdir
+
+    def get_outdir(*args: Any, **kwargs: Any) -> str:
+        folder = make_folder(*args, **kwargs)
+        _write_options(options, folder)
+        return folder
+
+    others = [n for n in _RELIED_ON["timm.task"] if n.endswith("Task") and n != "ClassificationTask"]
+    return {
+        "timm.task": {
+            "ClassificationTask": Task,
+            **{name: _refusing_exits(getattr(timm.task, name)) for name in others},
+        },
+        "timm.utils": {
+            "accuracy": log.accuracy,
+            "update_summary": log.update_summary,
+            "get_outdir": get_outdir,
+        },
+    }
+
+
+def _inference_names() -> dict[str, dict[str, Any]]:
+    """What stands where while a script without a training task runs (validate.py, benchmark.py, inference.py)."""
+    make = timm.models.create_model
+
+    def create_model(*args: Any, **kwargs: Any) -> nn.Module:
+        model = make(*args, **kwargs)
+        # TorchScript would try to compile the hook.
+        if is_multi_exit(model) and not kwargs.get("scriptable"):
+            model.register_forward_hook(_average_exits)
+        return model
+
+    return {"timm.models": {"create_model": create_model}}
+
+
+def _average_exits(module: nn.Module, args: tuple, output: Any) -> Any:
+    """In training, the mean of the exits' logits: benchmark.py would take the first of a tuple and drop the rest,
+    and so report a step whose backward pass ends at exit 1."""
+    return torch.stack(output).mean(0) if module.training and isinstance(output, tuple) else output
+
+
+def _write_options(options: ExitLossOptions, folder: str) -> None:
+    alpha = 0.5 if options.alpha is None and options.preset in (None, "paper") else options.alpha
+    stored = {"exit_loss": options.preset or "paper", "exit_loss_alpha": alpha, "exit_loss_ce": options.ce}
+    stored |= {"exit_loss_kl": options.kl, "exit_plugins": __version__, "timm": timm.__version__}
+    with atomic_write(os.path.join(folder, "exit_args.yaml")) as file:
+        yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}, file, sort_keys=False)
+
+
+@contextmanager
+def _in_place(names: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Put ``names`` into their modules for the time of the block."""
+    saved = [(import_module(module), name) for module, swaps in names.items() for name in swaps]
+    saved = [(module, name, getattr(module, name)) for module, name in saved]
+    try:
+        for module, name, _ in saved:
+            setattr(module, name, names[module.__name__][name])
+        yield
+    finally:
+        for module, name, original in saved:
+            setattr(module, name, original)
+
+
+def check_script(path: str) -> bool:
+    """Whether the script trains; raise an error if it does not fit the installed timm.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such script, or it is not Python.
+        ImportError: it takes a name from timm that the installed timm lacks, or trains in a way of its own.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no script at {path!r}: give the path of timm's train.py (or validate.py, ...) first.")
+    with open(path, encoding="utf-8") as file:
+        try:
+            tree = ast.parse(file.read(), path)
+        except SyntaxError as error:
+            raise ValueError(f"{path} is not a Python script: {error}") from None
+    advice = f"take it from timm's repository at the version installed, {timm.__version__}."
+    taken: set[str] = set()
+    # Imports inside a try are the script's own affair.
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "timm" and not node.level:
+            for name in (alias.name for alias in node.names if alias.name != "*"):
+                if not _exists(node.module, name):
+                    raise ImportError(
+                        f"{path} needs {node.module}.{name}, which timm {timm.__version__} lacks: {advice}"
+                    )
+                taken.add(name)
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if "train_one_epoch" in functions and "ClassificationTask" not in taken:
+        raise ImportError(
+            f"{path} does not train through timm.task.ClassificationTask, so it cannot train several exits: {advice}"
+        )
+    return "ClassificationTask" in taken
+
+
+def _exists(module: str, name: str) -> bool:
+    try:
+        if hasattr(import_module(module), name):
+            return True
+        import_module(f"{module}.{name}")
+    except ImportError:
+        return False
+    return True
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(weight) for weight in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers between commas, one per exit, got {text!r}") from None
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m exit_plugins.timm.train",
+        usage="%(prog)s PATH/TO/train.py [--exit-loss ...] [options of the script]",
+        description="Run one of timm's scripts, unmodified, on models with early exits. Options not listed here are "
+        "the script's own; give it --help after its path to see them.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("script", help="timm's train.py, validate.py, benchmark.py or inference.py")
+    parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="weights of the exits (default: paper)")
+    parser.add_argument("--exit-loss-alpha", type=_share, metavar="A", help="of the preset paper (default: 0.5)")
+    parser.add_argument("--exit-loss-ce", type=_weights, metavar="W,W,...", help="classification weight of every exit")
+    parser.add_argument("--exit-loss-kl", type=_weights, metavar="W,W,...", help="distillation weight of every exit")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a timm script on this package's models: ``[script, our options, the script's options]``.
+
+    A usage error or a script that does not fit ends the process with status 2 before anything is trained.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0 if argv else 2
+    ours, theirs = parser.parse_known_args(argv)
+    options = ExitLossOptions(ours.exit_loss, ours.exit_loss_alpha, ours.exit_loss_ce, ours.exit_loss_kl)
+    if options.alpha is not None and options.preset not in (None, "paper"):
+        parser.error(f"--exit-loss-alpha belongs to the preset paper, not to {options.preset}.")
+    try:
+        trains = check_script(ours.script)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        parser.error(str(error))
+    if options.explicit and not trains:
+        parser.error(f"{ours.script} does not train, so --exit-loss and its companions do not apply.")
+    saved = sys.argv
+    sys.argv = [ours.script, *theirs]
+    try:
+        with _in_place(_training_names(options) if trains else _inference_names()):
+            runpy.run_path(ours.script, run_name="__main__")
+    finally:
+        sys.argv = saved
+    return 0
+
+
+def _as_device_module() -> None:
+    """When train.py imports this module for its ``--device-modules``, put our names where it has already taken timm's.
+
+    It does so in the frame of its ``main``, before it builds anything; any other import changes nothing.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        args = frame.f_locals.get("args")
+        if frame.f_globals.get("__name__") == "__main__" and __name__ in (getattr(args, "device_modules", None) or ()):
+            break
+        frame = frame.f_back
+    else:
+        return
+    names = _training_names(MultiExitTask.exit_loss_options)
+    if frame.f_globals.get("ClassificationTask") is not ClassificationTask:
+        check_script(frame.f_globals.get("__file__", ""))
+    for module, swaps in names.items():
+        for name, value in swaps.items():
+            original = getattr(import_module(module), name)
+            if frame.f_globals.get(name) is original:
+                frame.f_globals[name] = value
+            setattr(import_module(module), name, value)
+
+
+_as_device_module()
+
+if __name__ == "__main__":
+    # By its real name, so that there is one MultiExitTask in the process, not __main__'s and another.
+    from exit_plugins.timm.train import main as run
+
+    sys.exit(run())
