@@ -1,0 +1,157 @@
+"""Pretrained weights: download, read, unwrap, and build a model from them through timm."""
+
+import os
+import pickle
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, load_state_dict
+from timm.models._builder import _resolve_pretrained_source, resolve_pretrained_cfg
+from torch import Tensor, nn
+from tqdm import tqdm
+
+__all__ = ["build_with_checkpoint", "describe_keys", "fetch_checkpoint", "read_checkpoint", "unwrap_state_dict"]
+
+# Where training scripts put the weights of a checkpoint, the averaged ones first.
+_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
+_CHUNK = 1 << 20
+
+
+def fetch_checkpoint(
+    url: str, filename: str, cache_dir: str | os.PathLike[str] | None = None, progress: bool = True, timeout: float = 30
+) -> Path:
+    """Path of ``filename`` in the checkpoint cache, downloaded from ``url`` if it is not there yet.
+
+    The file appears under its name only when it is complete. The name is given because share links end in none.
+
+    Args:
+        url: Where the file is.
+        filename: Its name in the cache.
+        cache_dir: The cache; by default torch.hub's ``checkpoints`` folder.
+        progress: Show a progress bar.
+        timeout: Seconds without an answer until the download is given up.
+
+    Raises:
+        OSError: The download failed; the message says where to put the file by hand.
+    """
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / filename
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=folder, prefix=filename + ".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            request = urllib.request.Request(url, headers={"User-Agent": "exit-plugins"})
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                if response.headers.get_content_type() == "text/html":
+                    raise OSError("the link answers with a web page, not with a file")
+                size = int(response.headers.get("Content-Length") or 0)
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=filename, disable=not progress) as bar:
+                    while chunk := response.read(_CHUNK):
+                        file.write(chunk)
+                        bar.update(len(chunk))
+                    received = file.tell()
+            if size and received != size:
+                raise OSError(f"the connection broke off after {received} of {size} bytes")
+        os.replace(partial, path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise OSError(
+            f"cannot download {filename} from {url} ({reason}). Download it by other means and put it at {path}, or "
+            "load your copy with create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file='PATH'))."
+        ) from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return path
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state dict in a checkpoint file, read without running any code in it.
+
+    Takes safetensors, and torch files with a plain state dict or a training script's dictionary around it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or holds more than tensors, numbers and an ``argparse.Namespace``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}.")
+    try:
+        checkpoint = load_state_dict(str(path), device="cpu")
+    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        unsafe = _unsafe_globals(path)
+        reason = (
+            f"it holds objects that are not weights: {', '.join(unsafe)}" if unsafe else "it is damaged or cut short"
+        )
+        raise ValueError(f"cannot read the checkpoint {path}: {reason}. Download or save it again.") from error
+    except Exception as error:  # safetensors has an exception class of its own, and need not be installed
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"cannot read the checkpoint {path}: {error}. Download or save it again.") from error
+    return unwrap_state_dict(checkpoint)
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # a file too damaged to be looked at
+        return []
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict inside what training scripts save, averaged weights (EMA) first, without DataParallel's prefix."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"a checkpoint is a dictionary of weights, got {type(checkpoint).__name__}.")
+    for key in _STATE_DICT_KEYS:
+        inner = checkpoint.get(key)
+        if isinstance(inner, Mapping) and inner:
+            return unwrap_state_dict(inner)
+    while checkpoint and all(key.startswith("module.") for key in checkpoint if isinstance(checkpoint[key], Tensor)):
+        if not any(isinstance(value, Tensor) for value in checkpoint.values()):
+            break
+        checkpoint = {key.removeprefix("module."): v for key, v in checkpoint.items() if key.startswith("module.")}
+    return dict(checkpoint)
+
+
+def describe_keys(kind: str, keys: Iterable[str], limit: int = 5) -> str:
+    """``2 missing (a, b)``, with at most ``limit`` keys named."""
+    keys = list(keys)
+    if not keys:
+        return f"no {kind} keys"
+    more = ", ..." if len(keys) > limit else ""
+    return f"{len(keys)} {kind} keys ({', '.join(keys[:limit])}{more})"
+
+
+def build_with_checkpoint(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """timm's ``build_model_with_cfg``, with pretrained weights fetched and read by this module.
+
+    It gives share links a file name, and damaged files an error that says so. Everything else is timm's.
+    """
+    path = None
+    if pretrained:
+        overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+        source, location = _resolve_pretrained_source(cfg.to_dict())
+        if source == "url":
+            filename = ".".join(part for part in (variant, cfg.tag) if part) + ".pth"
+            path = fetch_checkpoint(location, filename, cache_dir=kwargs.get("cache_dir"))
+        elif source == "file":
+            path = Path(location)
+        if path is not None and not cfg.custom_load:
+            kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": read_checkpoint(path)}
+    model = build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    if path is not None:
+        # The weights are in the model; its configuration need not hold them a second time.
+        for module in (model, getattr(model, "model", None)):
+            if isinstance(getattr(module, "pretrained_cfg", None), dict):
+                module.pretrained_cfg.pop("state_dict", None)
+                module.pretrained_cfg["file"] = str(path)
+    return model

@@ -1,0 +1,1015 @@
+"""Dyn-Perceiver: a latent branch that classifies early reads a convolutional branch, and informs it in return.
+
+Paper: "Dynamic Perceiver for Efficient Visual Recognition" (Han et al., ICCV 2023). Models are those of its tables 5 to
+7; where the paper is silent, the layers follow what the authors' published weights compute, so that these load.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ConvNormAct, DropPath, Mlp, calculate_drop_path_rates, get_device_dtype, make_divisible
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
+from timm.models._features import feature_take_indices
+from timm.models.regnet import Bottleneck as RegNetBottleneck
+from timm.models.resnet import Bottleneck as ResNetBottleneck
+from timm.models.resnet import downsample_conv
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..exits.protocol import MultiExit
+from ._checkpoints import build_with_checkpoint, describe_keys, unwrap_state_dict
+from .layers import check_image, fold_batch_norms
+
+__all__ = ["DynPerceiver", "DynPerceiverCfg"]
+
+_GRID = 7  # X2Z reads every feature map as 7 x 7 tokens
+_MIN_SIZE = 32  # pixels: the stride of the last feature map
+_EXIT_STEPS = (7, 10, 11, 12)  # exit i comes after this many of the twelve steps, three a stage
+
+torch.fx.wrap("check_image")
+
+
+@dataclass(frozen=True)
+class DynPerceiverCfg:
+    """One network of the paper's tables 5 to 7.
+
+    Attributes:
+        branch: Builder of the feature branch, one of ``regnety``, ``resnet``, ``mobilenetv3``.
+        num_latents: L, latent tokens in stage 1, halved after each of the first three stages; divisible by 8.
+        latent_depths: Self-attention blocks in each of the four stages.
+        mlp_ratio: Widening factor of the self-attention blocks' MLPs.
+        widths: RegNet-Y: stem width and the width of each stage.
+        depths: RegNet-Y: blocks in each stage.
+        group_size: RegNet-Y: channels in each group of the 3x3 convolutions.
+        width_mult: ResNet and MobileNet: multiplier of every width.
+    """
+
+    branch: str
+    num_latents: int = 128
+    latent_depths: tuple[int, int, int, int] = (3, 3, 9, 9)
+    mlp_ratio: float = 4.0
+    widths: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    group_size: int = 8
+    width_mult: float = 1.0
+
+
+class FeatureBranch(NamedTuple):
+    """The convolutional branch: C1..C4 are the channels entering the stages, C5 those leaving the last."""
+
+    stem: nn.Module
+    stages: list[nn.Sequential]
+    channels: list[int]
+    reductions: list[int]
+    head_width: int = 0
+
+
+def _regnety(cfg: DynPerceiverCfg, in_chans: int, drop_path_rate: float, dd: dict[str, Any]) -> FeatureBranch:
+    """RegNet-Y in torchvision's layout: 3x3/2 stem, every stage at stride 2, squeeze 1/4 of a block's input width."""
+    stem = ConvNormAct(in_chans, cfg.widths[0], 3, stride=2, **dd)
+    rates = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
+    stages = []
+    for width_in, width, depth, stage_rates in zip(cfg.widths[:-1], cfg.widths[1:], cfg.depths, rates, strict=True):
+        blocks = [
+            RegNetBottleneck(
+                width if index else width_in,
+                width,
+                stride=1 if index else 2,
+                group_size=cfg.group_size,
+                drop_path_rate=stage_rates[index],
+                **dd,
+            )
+            for index in range(depth)
+        ]
+        stages.append(nn.Sequential(*blocks))
+    return FeatureBranch(stem, stages, list(cfg.widths), [4, 8, 16, 32])
+
+
+def _resnet(cfg: DynPerceiverCfg, in_chans: int, drop_path_rate: float, dd: dict[str, Any]) -> FeatureBranch:
+    """ResNet-50 with every width, the 7x7 stem's included, scaled by ``width_mult``."""
+    planes = [int(cfg.width_mult * width) for width in (64, 128, 256, 512)]
+    depths = [3, 4, 6, 3]
+    channels = [planes[0]] + [ResNetBottleneck.expansion * width for width in planes]
+    stem = nn.Sequential(
+        ConvNormAct(in_chans, channels[0], 7, stride=2, **dd), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    )
+    rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+    stages = []
+    for stage, depth in enumerate(depths):
+        blocks = []
+        for index in range(depth):
+            width_in = channels[stage + 1] if index else channels[stage]
+            stride = 2 if stage and not index else 1
+            rate = rates[stage][index]
+            blocks.append(
+                ResNetBottleneck(
+                    width_in,
+                    planes[stage],
+                    stride=stride,
+                    downsample=None if index else downsample_conv(width_in, channels[stage + 1], 1, stride, **dd),
+                    drop_path=DropPath(rate) if rate > 0 else None,
+                    **dd,
+                )
+            )
+        stages.append(nn.Sequential(*blocks))
+    return FeatureBranch(stem, stages, channels, [4, 8, 16, 32])
+
+
+# Kernel, expanded width, output width, squeeze-and-excitation, activation and stride of MobileNetV3-Large's blocks.
+_MOBILENETV3_BLOCKS = (
+    (3, 16, 16, False, nn.ReLU, 1),
+    (3, 64, 24, False, nn.ReLU, 2),
+    (3, 72, 24, False, nn.ReLU, 1),
+    (5, 72, 40, True, nn.ReLU, 2),
+    (5, 120, 40, True, nn.ReLU, 1),
+    (5, 120, 40, True, nn.ReLU, 1),
+    (3, 240, 80, False, nn.Hardswish, 2),
+    (3, 200, 80, False, nn.Hardswish, 1),
+    (3, 184, 80, False, nn.Hardswish, 1),
+    (3, 184, 80, False, nn.Hardswish, 1),
+    (3, 480, 112, True, nn.Hardswish, 1),
+    (3, 672, 112, True, nn.Hardswish, 1),
+    (5, 672, 160, True, nn.Hardswish, 2),
+    (5, 960, 160, True, nn.Hardswish, 1),
+    (5, 960, 160, True, nn.Hardswish, 1),
+)
+_MOBILENETV3_SPLITS = (2, 4, 7, 13, 15)  # blocks in the stem and, cumulatively, up to the end of each stage
+
+
+def _mobilenetv3(cfg: DynPerceiverCfg, in_chans: int, drop_path_rate: float, dd: dict[str, Any]) -> FeatureBranch:
+    """MobileNetV3-Large with torchvision's widths; its last 1x1 convolution belongs to stage 4."""
+    norm_layer = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+    def scaled(width: int) -> int:
+        return make_divisible(width * cfg.width_mult, 8)
+
+    rates = calculate_drop_path_rates(drop_path_rate, len(_MOBILENETV3_BLOCKS))
+    blocks: list[nn.Module] = []
+    width_in = scaled(16)
+    widths = []
+    for (kernel, expanded, width, squeeze, act_layer, stride), rate in zip(_MOBILENETV3_BLOCKS, rates, strict=True):
+        expanded, width = scaled(expanded), scaled(width)
+        se_layer = None
+        if squeeze:
+            se_layer = partial(
+                SqueezeExcite,
+                rd_channels=make_divisible(expanded // 4, 8),
+                force_act_layer=nn.ReLU,
+                gate_layer=nn.Hardsigmoid,
+            )
+        kwargs = dict(
+            dw_kernel_size=kernel,
+            stride=stride,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            se_layer=se_layer,
+            drop_path_rate=rate,
+            **dd,
+        )
+        if expanded == width_in:
+            blocks.append(DepthwiseSeparableConv(width_in, width, **kwargs))
+        else:
+            blocks.append(InvertedResidual(width_in, width, exp_ratio=expanded / width_in, **kwargs))
+        width_in = width
+        widths.append(width)
+
+    conv = partial(ConvNormAct, norm_layer=norm_layer, act_layer=nn.Hardswish, **dd)
+    first, *ends = _MOBILENETV3_SPLITS
+    stem = nn.Sequential(conv(in_chans, scaled(16), 3, stride=2), *blocks[:first])
+    stages = [nn.Sequential(*blocks[start:end]) for start, end in zip((first, *ends[:-1]), ends, strict=True)]
+    stages[-1].append(conv(width_in, 6 * width_in, 1))
+    channels = [widths[end - 1] for end in _MOBILENETV3_SPLITS[:-1]] + [6 * width_in]
+    return FeatureBranch(stem, stages, channels, [8, 16, 32, 32], head_width=make_divisible(1280 * cfg.width_mult, 8))
+
+
+_BRANCHES: dict[str, Callable[..., FeatureBranch]] = {
+    "regnety": _regnety,
+    "resnet": _resnet,
+    "mobilenetv3": _mobilenetv3,
+}
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H*W, C): a view of a channels_last map."""
+    return x.flatten(2).transpose(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """One head of attention from query tokens to other tokens, and an MLP, each with pre-norm and residual.
+
+    Keys and values come from one projection. With ``num_keys`` a learned position is added to each projected key, which
+    the paper calls a relative position bias: it is the bias ``q @ position`` of the attention scores.
+    """
+
+    def __init__(
+        self, query_width: int, width: int, attn_width: int, num_keys: int = 0, device: Any = None, dtype: Any = None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.q_norm = nn.LayerNorm(query_width, **dd)
+        self.kv_norm = nn.LayerNorm(width, **dd)
+        self.q = nn.Linear(query_width, attn_width, bias=False, **dd)
+        self.kv = nn.Linear(width, 2 * attn_width, bias=False, **dd)
+        self.key_position = nn.Parameter(torch.zeros(1, num_keys, attn_width, **dd)) if num_keys else None
+        self.proj = nn.Linear(attn_width, query_width, **dd)
+        self.norm = nn.LayerNorm(query_width, **dd)
+        self.mlp = Mlp(query_width, query_width, **dd)
+
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """Queries (B, Q, query_width) informed by ``tokens`` (B, N, width)."""
+        q = self.q(self.q_norm(query))
+        k, v = self.kv(self.kv_norm(tokens)).chunk(2, dim=-1)
+        if self.key_position is not None:
+            k = k + self.key_position
+        attended = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        query = query + self.proj(attended)
+        return query + self.mlp(self.norm(query))
+
+
+class TokenMixer(nn.Module):
+    """Halves the tokens: LayerNorm and Linear along them."""
+
+    def __init__(self, num_tokens: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(num_tokens, **dd)
+        self.fc = nn.Linear(num_tokens, num_tokens // 2, **dd)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, L, C) to (B, L/2, C)."""
+        return self.fc(self.norm(z.transpose(1, 2))).transpose(1, 2)
+
+
+class ChannelExpander(nn.Module):
+    """Takes the latent tokens to the next stage's channels."""
+
+    def __init__(self, width: int, out_width: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(width, **dd)
+        self.fc = nn.Linear(width, out_width, **dd)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.fc(self.norm(z))
+
+
+class DynPerceiverStage(nn.Module):
+    """One stage of both branches: latents read the map (X2Z), the map is convolved, the map reads the latents (Z2X).
+
+    The three steps are separate methods because exits lie between them.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.Sequential,
+        width: int,
+        out_width: int,
+        num_tokens: int,
+        num_heads: int,
+        latent_depth: int,
+        mlp_ratio: float,
+        last: bool,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.dwc = nn.Conv2d(width, width, _GRID, padding=_GRID // 2, groups=width, **dd)
+        self.x2z = CrossAttention(width, width, width, num_keys=_GRID * _GRID, **dd)
+        self.self_attn = nn.Sequential(
+            *[Block(width, num_heads, mlp_ratio, norm_layer=nn.LayerNorm, **dd) for _ in range(latent_depth)]
+        )
+        self.blocks = blocks
+        # The latents go no further after the last stage: its Z2X reads them as they are.
+        self.token_mixer = None if last else TokenMixer(num_tokens, **dd)
+        self.channel_expander = None if last else ChannelExpander(width, out_width, **dd)
+        self.z2x = CrossAttention(out_width, width if last else out_width, out_width // 8, **dd)
+        self.grad_checkpointing = False
+
+    def read(self, x: Tensor, z: Tensor) -> Tensor:
+        """Latents (B, L, C) that have read the map ``x`` (B, C, H, W) entering this stage, then themselves."""
+        if self.x2z is None or self.dwc is None:
+            return z
+        grid = F.adaptive_avg_pool2d(self.dwc(x) + x, _GRID)
+        z = self.x2z(z, _to_tokens(grid))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.self_attn, z)
+        return self.self_attn(z)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The feature map (B, C', H', W') after this stage's convolutions."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Half as many latents, in the next stage's channels; the same latents after the last stage."""
+        if self.token_mixer is not None and self.channel_expander is not None:
+            z = self.channel_expander(self.token_mixer(z))
+        return z
+
+    def write(self, x: Tensor, z: Tensor) -> Tensor:
+        """The map with every position informed by the latents ``z`` that leave this stage."""
+        if self.z2x is None:
+            return x
+        return self.z2x(_to_tokens(x), z).transpose(1, 2).reshape(x.shape)
+
+    def keep_convolutions(self) -> None:
+        """Drop the latents' part of this stage."""
+        self.dwc = self.x2z = self.token_mixer = self.channel_expander = self.z2x = None
+        self.self_attn = nn.Sequential()
+
+
+class ExitHead(nn.Module):
+    """Classifier of one exit: optionally a batch norm and a hidden layer before the linear layer."""
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        batch_norm: bool = False,
+        hidden_width: int = 0,
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, **dd) if batch_norm else nn.Identity()
+        if hidden_width:
+            self.hidden = nn.Sequential(nn.Linear(width, hidden_width, **dd), nn.Hardswish(), nn.Dropout(drop_rate))
+        else:
+            self.hidden = nn.Identity()
+        self.fc = nn.Linear(hidden_width or width, num_classes, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.hidden(self.norm(x)))
+
+
+class KnowledgeTransfer(nn.Module):
+    """What an exit's logits tell a later exit (the paper's FKT): Linear, BatchNorm, ReLU."""
+
+    def __init__(self, num_classes: int, width: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.fc = nn.Linear(num_classes, width, **dd)
+        self.norm = nn.BatchNorm1d(width, **dd)
+        self.act = nn.ReLU()
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.act(self.norm(self.fc(logits)))
+
+
+class DynPerceiver(MultiExit, nn.Module):
+    """Dyn-Perceiver with four exits.
+
+    Exit 1 classifies the latents after stage 3's self-attention, before its convolutions; exit 2 those of stage 4 with
+    what exit 1 said; exit 3 the feature map after stage 4's convolutions; exit 4 that map, informed by the latents,
+    with them and with what exit 2 said. Training returns the logits of all four, evaluation the last's.
+
+    With ``num_classes=0`` each exit returns the features its classifier would read, without earlier exits' logits.
+
+    Args:
+        cfg: The network; keyword arguments named like its fields replace them.
+        in_chans: Channels of the images.
+        num_classes: Classes at every exit; 0 for none.
+        global_pool: Only ``avg``.
+        drop_rate: Dropout of the pooled feature map (exits 3 and 4); in MobileNet of these exits' hidden layers. The
+            default is the paper's: 0.2 in MobileNet, none elsewhere.
+        drop_path_rate: Stochastic depth of the last convolutional block, falling linearly to 0 at the first.
+        features_before_z2x: Take intermediate feature maps before the cross-attention that follows each stage.
+    """
+
+    def __init__(
+        self,
+        cfg: DynPerceiverCfg,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float | None = None,
+        drop_path_rate: float = 0.0,
+        features_before_z2x: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        cfg = replace(cfg, **kwargs)
+        if cfg.branch not in _BRANCHES:
+            raise ValueError(f"unknown feature branch {cfg.branch!r}; expected one of {', '.join(_BRANCHES)}.")
+        if cfg.num_latents < 8 or cfg.num_latents % 8:
+            raise ValueError(f"num_latents must be a positive multiple of 8, got {cfg.num_latents}.")
+        if global_pool != "avg":
+            raise ValueError(f"Dyn-Perceiver pools by average only (global_pool='avg'), got {global_pool!r}.")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_exits = 4
+        self.features_before_z2x = features_before_z2x
+
+        branch = _BRANCHES[cfg.branch](cfg, in_chans, drop_path_rate, dd)
+        self.channels = branch.channels
+        self.head_width = branch.head_width
+        self.drop_rate = (0.2 if branch.head_width else 0.0) if drop_rate is None else drop_rate
+        self.stem = branch.stem
+        self.latent = nn.Parameter(torch.empty(cfg.num_latents, branch.channels[0], **dd))
+        self.stages = nn.ModuleList(
+            [
+                DynPerceiverStage(
+                    blocks,
+                    width=branch.channels[index],
+                    out_width=branch.channels[index + 1],
+                    num_tokens=cfg.num_latents >> index,
+                    num_heads=1 << index,
+                    latent_depth=cfg.latent_depths[index],
+                    mlp_ratio=cfg.mlp_ratio,
+                    last=index == 3,
+                    **dd,
+                )
+                for index, blocks in enumerate(branch.stages)
+            ]
+        )
+        self.feature_info = [
+            dict(num_chs=width, reduction=reduction, module=f"stages.{index}")
+            for index, (width, reduction) in enumerate(zip(branch.channels[1:], branch.reductions, strict=True))
+        ]
+        self.num_features = self.head_hidden_size = branch.channels[4] + branch.channels[3]
+        # MobileNet's dropout follows the hidden layer of its heads.
+        self.head_drop = nn.Dropout(0.0 if branch.head_width else self.drop_rate)
+        self.heads, self.transfers = self._build_heads(num_classes, dd)
+        self.init_weights()
+
+    def _build_heads(self, num_classes: int, dd: dict[str, Any]) -> tuple[nn.ModuleList, nn.ModuleList]:
+        if num_classes == 0:
+            return nn.ModuleList([nn.Identity() for _ in range(4)]), nn.ModuleList([nn.Identity() for _ in range(2)])
+        _, _, c3, c4, c5 = self.channels
+        deep = dict(hidden_width=self.head_width, drop_rate=self.drop_rate, **dd)
+        heads = [
+            ExitHead(c3, num_classes, **dd),
+            ExitHead(2 * c4, num_classes, **dd),
+            ExitHead(c5, num_classes, **deep),
+            ExitHead(c5 + 2 * c4, num_classes, batch_norm=True, **deep),
+        ]
+        return nn.ModuleList(heads), nn.ModuleList([KnowledgeTransfer(num_classes, c4, **dd) for _ in range(2)])
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise the feature branch as its family does and the latents; everything else keeps torch's default."""
+        nn.init.normal_(self.latent, std=0.02)
+        with torch.no_grad():
+            self.latent.clamp_(-2, 2)
+        for root in (self.stem, *(stage.blocks for stage in self.stages)):
+            for module in root.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+                elif isinstance(module, ResNetBottleneck):
+                    module.zero_init_last()
+
+    # A stage is three steps: read, convolve, write. Everything that runs the network runs a range of them.
+
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(check_image(x, self.in_chans, _MIN_SIZE))
+        return x, self.latent.expand(x.shape[0], -1, -1)
+
+    def _run(self, x: Tensor, z: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The map and the latents after the steps ``start`` to ``stop - 1``; those of stage i are 3i to 3i + 2."""
+        for index, stage in enumerate(self.stages):
+            if start <= 3 * index < stop:
+                z = stage.read(x, z)
+            if start <= 3 * index + 1 < stop:
+                x = stage.convolve(x)
+            if start <= 3 * index + 2 < stop:
+                z = stage.expand(z)
+                x = stage.write(x, z)
+        return x, z
+
+    def _exit1(self, z: Tensor) -> Tensor:
+        return self.heads[0](z.mean(dim=1))
+
+    def _exit2(self, z: Tensor, logits: Tensor) -> Tensor:
+        features = z.mean(dim=1)
+        if self.num_classes > 0:
+            features = torch.cat([features, self.transfers[0](logits)], dim=1)
+        return self.heads[1](features)
+
+    def _exit3(self, x: Tensor) -> Tensor:
+        return self.heads[2](self.head_drop(x.mean(dim=(2, 3))))
+
+    def _exit4(self, x: Tensor, z: Tensor, logits: Tensor) -> Tensor:
+        features = self._pool(x, z)
+        if self.num_classes > 0:
+            features = torch.cat([features, self.transfers[1](logits)], dim=1)
+        return self.heads[3](features)
+
+    def _pool(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.cat([self.head_drop(x.mean(dim=(2, 3))), z.mean(dim=1)], dim=1)
+
+    def begin_exits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """State before the first segment: the images (B, C, H, W), checked."""
+        self._check_exits()
+        return (check_image(x, self.in_chans, _MIN_SIZE),)
+
+    def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits (B, num_classes) of exit ``index`` (0 to 3) and the state the next segment starts from.
+
+        Between segments the state is the feature map (B, C, H, W), the latents (B, L, C) and the logits
+        (B, num_classes) of exit 1, then those of exit 2; after the last exit it is empty.
+        """
+        if index == 0:
+            (image,) = state
+            x, z = self._begin(image)
+            x, z = self._run(x, z, 0, _EXIT_STEPS[0])
+            logits = self._exit1(z)
+            return logits, (x, z, logits)
+        x, z, known = state
+        x, z = self._run(x, z, _EXIT_STEPS[index - 1], _EXIT_STEPS[index])
+        if index == 1:
+            logits = self._exit2(z, known)
+            return logits, (x, z, logits)
+        if index == 2:
+            return self._exit3(x), (x, z, known)
+        return self._exit4(x, z, known), ()
+
+    def _check_exits(self) -> None:
+        if self.num_exits == 0:
+            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """What the last exit reads: the feature map (B, C5, H, W), and the latents (B, L, C) at exits 2 and 1."""
+        x, z = self._begin(x)
+        x, z1 = self._run(x, z, 0, _EXIT_STEPS[0])
+        x, z = self._run(x, z1, _EXIT_STEPS[0], _EXIT_STEPS[3])
+        return [x, z, z1]
+
+    def forward_head(self, features: list[Tensor], pre_logits: bool = False) -> Tensor:
+        """Logits of the last exit from ``forward_features``, or its pooled map and latents (B, num_features)."""
+        x, z, z1 = features[0], features[1], features[2]
+        if pre_logits or self.num_classes == 0:
+            return self._pool(x, z)
+        return self._exit4(x, z, self._exit2(z, self._exit1(z1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the last exit in evaluation, the tuple of every exit's in training."""
+        if self.training and self.num_exits > 0 and not torch.jit.is_scripting():
+            return self.forward_exits(x)
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Feature maps of the stages, after their Z2X cross-attention or, with ``features_before_z2x``, before it.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: The last n stages if an int, all if None, else the stages (0 to 3) to take.
+            norm: Without effect: no norm follows the stages.
+            stop_early: Stop once the last wanted map is there.
+            output_fmt: Only ``NCHW``.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            The maps, or what ``forward_features`` returns and the maps.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        intermediates: list[Tensor] = []
+        x, z = self._begin(x)
+        z1 = z
+        for index in range(max_index + 1 if stop_early else len(self.stages)):
+            x, z = self._run(x, z, 3 * index, 3 * index + 1)
+            if 3 * index < _EXIT_STEPS[0]:
+                z1 = z
+            x, z = self._run(x, z, 3 * index + 1, 3 * index + 2)
+            if self.features_before_z2x and index in take_indices:
+                intermediates.append(x)
+            x, z = self._run(x, z, 3 * index + 2, 3 * index + 3)
+            if not self.features_before_z2x and index in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return [x, z, z1], intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the intermediate maps at ``indices`` do not need; return the indices kept.
+
+        The exits go with it unless everything is needed and ``prune_head`` is False.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        last = max_index == len(self.feature_info) - 1
+        if last and not prune_head:
+            return take_indices
+        if not last or self.features_before_z2x:
+            self.stages = self.stages[: max_index + 1]
+            latent_width = self.channels[min(max_index + 1, 3)]
+            if self.features_before_z2x:
+                self.stages[max_index].keep_convolutions()
+                latent_width = self.channels[max_index]
+            self.num_features = self.head_hidden_size = self.channels[max_index + 1] + latent_width
+            self.num_exits = 0
+        self.reset_classifier(0)
+        return take_indices
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.heads
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give every exit a new classifier for ``num_classes`` (0 for none), and so new knowledge transfers."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"Dyn-Perceiver pools by average only (global_pool='avg'), got {global_pool!r}.")
+        if num_classes > 0:
+            self._check_exits()
+        self.num_classes = num_classes
+        self.heads, self.transfers = self._build_heads(num_classes, get_device_dtype(self.stem))
+        self.heads.train(self.training)
+        self.transfers.train(self.training)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates: stem and latents, then block by block."""
+        if coarse:
+            return dict(stem=r"^(?:stem|latent)", blocks=r"^stages\.(\d+)")
+        return dict(
+            stem=r"^(?:stem|latent)",
+            blocks=[
+                (r"^stages\.(\d+)\.(?:dwc|x2z)", (0,)),
+                (r"^stages\.(\d+)\.(?:self_attn|blocks)\.(\d+)", None),
+                (r"^stages\.(\d+)\.(?:token_mixer|channel_expander|z2x)", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Latents and key positions, as timm treats positions; the authors' recipe decays them."""
+        return {"latent"} | {name for name, _ in self.named_parameters() if name.endswith("key_position")}
+
+    @torch.jit.ignore
+    def fuse(self) -> "DynPerceiver":
+        """Fold batch norms into the convolutions before them, in place, for inference; return the model."""
+        if self.training:
+            raise RuntimeError("fuse() folds batch norms with their running statistics: call model.eval() first.")
+        fold_batch_norms(self)
+        return self
+
+
+def _public_names(model: DynPerceiver) -> dict[str, tuple[str, ...]]:
+    """For each key of our state dict, the key in the authors' layout; several where one projection joins them."""
+    return {key: _public_name(key, model) for key in model.state_dict()}
+
+
+# Ours to the authors' names inside the attention layers, tokens' layers and heads.
+_PUBLIC_CROSS = {
+    "q_norm.": "cross_attn.q_norm.",
+    "kv_norm.": "cross_attn.kv_norm.",
+    "q.": "cross_attn.attention.q_proj.",
+    "key_position": "cross_attn.attention.relative_position_bias",
+    "proj.": "cross_attn.attention.o_proj.",
+    "norm.": "mlp.layernorm.",
+    "mlp.": "mlp.",
+}
+_PUBLIC_SELF = {
+    "norm1.": "self_attn.norm.",
+    "attn.proj.": "self_attn.attention.o_proj.",
+    "norm2.": "mlp.layernorm.",
+    "mlp.": "mlp.",
+}
+_PUBLIC_REGNET = {
+    "downsample.conv.": "proj.0.",
+    "downsample.bn.": "proj.1.",
+    "conv1.conv.": "f.a.0.",
+    "conv1.bn.": "f.a.1.",
+    "conv2.conv.": "f.b.0.",
+    "conv2.bn.": "f.b.1.",
+    "se.": "f.se.",
+    "conv3.conv.": "f.c.0.",
+    "conv3.bn.": "f.c.1.",
+}
+_PUBLIC_HEADS = ("early_classifier3", "classifier_att", "classifier_cnn", "classifier_merge")
+
+
+def _rename(name: str, table: dict[str, str]) -> str:
+    for ours, public in table.items():
+        if name.startswith(ours):
+            return public + name[len(ours) :]
+    raise KeyError(name)
+
+
+def _public_block(block: nn.Module, name: str) -> str:
+    """A key inside a block of the feature branch, in the authors' layout."""
+    if isinstance(block, RegNetBottleneck):
+        return _rename(name, _PUBLIC_REGNET)
+    if isinstance(block, ConvNormAct):
+        return _rename(name, {"conv.": "0.", "bn.": "1."})
+    if isinstance(block, DepthwiseSeparableConv):
+        parts = [("conv_dw.", "bn1."), ("conv_pw.", "bn2.")]
+    elif isinstance(block, InvertedResidual):
+        parts = [("conv_pw.", "bn1."), ("conv_dw.", "bn2."), ("conv_pwl.", "bn3.")]
+    else:  # ResNet's names are torchvision's in both
+        return name
+    table = {}
+    squeezes = isinstance(block.se, SqueezeExcite)
+    for index, (conv, norm) in enumerate(parts):
+        if squeezes and index == len(parts) - 1:
+            table["se.conv_reduce."] = f"block.{index}.fc1."
+            table["se.conv_expand."] = f"block.{index}.fc2."
+            index += 1
+        table[conv], table[norm] = f"block.{index}.0.", f"block.{index}.1."
+    return _rename(name, table)
+
+
+def _public_name(key: str, model: DynPerceiver) -> tuple[str, ...]:
+    root, _, name = key.partition(".")
+    if root == "latent":
+        return (key,)
+    if root == "stem":
+        if isinstance(model.stem, ConvNormAct):
+            return ("cnn_stem." + _public_block(model.stem, name),)
+        index, _, name = name.partition(".")
+        public = _public_block(model.stem[int(index)], name)
+        return ("cnn_stem." + (public if isinstance(model.stem[1], nn.MaxPool2d) else f"{index}.{public}"),)
+    if root == "transfers":
+        index, part, name = name.split(".", 2)
+        return (f"isc{int(index) + 3}.{dict(fc=0, norm=1)[part]}.{name}",)
+    if root == "heads":
+        index, _, name = name.partition(".")
+        head = model.heads[int(index)]
+        hidden = isinstance(head.hidden, nn.Sequential)
+        normed = isinstance(head.norm, nn.BatchNorm1d)
+        first = int(normed)
+        table = {"norm.": "0.", "hidden.0.": f"{first}.", "fc.": f"{first + 3}." if hidden else f"{first}."}
+        if not hidden and not normed:
+            table = {"fc.": ""}
+        return (f"{_PUBLIC_HEADS[int(index)]}.{_rename(name, table)}",)
+    stage, part, name = name.split(".", 2)
+    number = int(stage) + 1
+    if part == "dwc":
+        return (f"dwc{number}_x2z.{name}",)
+    if part in ("token_mixer", "channel_expander"):
+        prefix = "token_mixer" if part == "token_mixer" else "token_expander"
+        return (f"{prefix}.{stage}.{_rename(name, {'norm.': '0.', 'fc.': '1.'})}",)
+    if part in ("x2z", "z2x"):
+        prefix = f"cross_att{number}_x2z." if part == "x2z" else f"cross_att{number + 1}_z2x."
+        if part == "z2x" and number == 4:
+            prefix = "last_cross_att_z2x."
+        if name == "kv.weight":
+            return tuple(f"{prefix}cross_attn.attention.{p}_proj.weight" for p in "kv")
+        return (prefix + _rename(name, _PUBLIC_CROSS),)
+    index, _, name = name.partition(".")
+    if part == "self_attn":
+        prefix = f"self_att{number}.{index}."
+        if name == "attn.qkv.weight":
+            return tuple(f"{prefix}self_attn.attention.{p}_proj.weight" for p in "qkv")
+        return (prefix + _rename(name, _PUBLIC_SELF),)
+    block = model.stages[int(stage)].blocks[int(index)]
+    prefix = f"cnn_body_stage{number}.{index}."
+    if isinstance(block, RegNetBottleneck):
+        prefix = f"cnn_body.block{number}.block{number}-{index}."
+    return (prefix + _public_block(block, name),)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: DynPerceiver) -> dict[str, Tensor]:
+    """State dict in our layout from ours or the authors': plain, ``{"model": ...}`` training file, EMA.
+
+    Raises:
+        ValueError: A key is missing or unknown; the message names them.
+    """
+    state_dict = unwrap_state_dict(state_dict)
+    if any(key.startswith("stages.") for key in state_dict):
+        names = {key: (key,) for key in model.state_dict()}
+    else:
+        names = _public_names(model)
+    head_roots = ("heads.", "transfers.", "isc", "early_classifier", "classifier_")
+    wanted = {public for group in names.values() for public in group}
+    missing = sorted(wanted - state_dict.keys())
+    unexpected = sorted(
+        key for key in state_dict.keys() - wanted if not (model.num_classes == 0 and key.startswith(head_roots))
+    )
+    if missing or unexpected:
+        raise ValueError(
+            f"this is no checkpoint of this model: {describe_keys('missing', missing)}; "
+            f"{describe_keys('unexpected', unexpected)}. Check the model's name against the file."
+        )
+    return {
+        key: state_dict[group[0]] if len(group) == 1 else torch.cat([state_dict[name] for name in group])
+        for key, group in names.items()
+    }
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": (*(f"heads.{index}.fc" for index in range(4)), "transfers.0.fc", "transfers.1.fc"),
+        "paper_ids": "arXiv:2306.11248",
+        "paper_name": "Dynamic Perceiver for Efficient Visual Recognition",
+        "origin_url": "https://github.com/LeapLabTHU/Dynamic_Perceiver",
+        **kwargs,
+    }
+
+
+def _url(share: str) -> str:
+    return f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1"
+
+
+def _create_dynperceiver(variant: str, pretrained: bool, cfg: DynPerceiverCfg, **kwargs: Any) -> DynPerceiver:
+    return build_with_checkpoint(
+        DynPerceiver,
+        variant,
+        pretrained,
+        model_cfg=cfg,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+_resnet_cfg = partial(_cfg, first_conv="stem.0.conv")
+_mobilenet_cfg = partial(_cfg, first_conv="stem.0.conv")
+default_cfgs = generate_default_cfgs(
+    {
+        "dynperceiver_resnet50_0_375x.in1k": _resnet_cfg(_url("844ac164a62246eb9ce8")),
+        "dynperceiver_resnet50_0_5x.untrained": _resnet_cfg(),
+        "dynperceiver_resnet50_0_5x_t256.untrained": _resnet_cfg(),
+        "dynperceiver_resnet50_0_625x.untrained": _resnet_cfg(),
+        "dynperceiver_resnet50_0_75x.untrained": _resnet_cfg(),
+        "dynperceiver_regnety_400mf.untrained": _cfg(),
+        "dynperceiver_regnety_400mf_t256.untrained": _cfg(),
+        "dynperceiver_regnety_800mf.in1k": _cfg(_url("ca3c8a808d504fdfa2c8")),
+        "dynperceiver_regnety_800mf_t256.untrained": _cfg(),
+        "dynperceiver_regnety_1_6gf.untrained": _cfg(),
+        "dynperceiver_regnety_3_2gf.untrained": _cfg(),
+        "dynperceiver_mobilenetv3_0_75x.in1k": _mobilenet_cfg(_url("a86c56e3076146ad8748")),
+        "dynperceiver_mobilenetv3_1_0x.untrained": _mobilenet_cfg(),
+        "dynperceiver_mobilenetv3_1_0x_deep.untrained": _mobilenet_cfg(),
+        "dynperceiver_mobilenetv3_1_25x.untrained": _mobilenet_cfg(),
+        "dynperceiver_mobilenetv3_1_5x.untrained": _mobilenet_cfg(),
+        "dynperceiver_test.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
+    }
+)
+
+_ResNet = partial(DynPerceiverCfg, "resnet", latent_depths=(3, 3, 9, 3))
+_MobileNetV3 = partial(DynPerceiverCfg, "mobilenetv3")
+_RegNetY = partial(DynPerceiverCfg, "regnety")
+_RegNetY400MF = partial(_RegNetY, widths=(32, 48, 104, 208, 440), depths=(1, 3, 6, 6), group_size=8)
+_RegNetY800MF = partial(_RegNetY, widths=(32, 64, 144, 320, 784), depths=(1, 3, 8, 2), group_size=16)
+_RegNetY1_6GF = partial(_RegNetY, widths=(32, 48, 120, 336, 888), depths=(2, 6, 17, 2), group_size=24)
+_RegNetY3_2GF = partial(
+    DynPerceiverCfg, "regnety", widths=(32, 72, 216, 576, 1512), depths=(2, 5, 13, 1), group_size=24
+)
+
+
+@register_model
+def dynperceiver_resnet50_0_375x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 5, model 1: ResNet-50 at 0.375x width."""
+    cfg = _ResNet(width_mult=0.375)
+    return _create_dynperceiver("dynperceiver_resnet50_0_375x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_resnet50_0_5x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 5, model 2: ResNet-50 at 0.5x width."""
+    cfg = _ResNet(width_mult=0.5, latent_depths=(3, 3, 9, 9))
+    return _create_dynperceiver("dynperceiver_resnet50_0_5x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_resnet50_0_5x_t256(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 5, model 3: ResNet-50 at 0.5x width, 256 latents."""
+    cfg = _ResNet(width_mult=0.5, num_latents=256)
+    return _create_dynperceiver("dynperceiver_resnet50_0_5x_t256", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_resnet50_0_625x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 5, model 4: ResNet-50 at 0.625x width, 192 latents."""
+    cfg = _ResNet(width_mult=0.625, num_latents=192)
+    return _create_dynperceiver("dynperceiver_resnet50_0_625x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_resnet50_0_75x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 5, model 5: ResNet-50 at 0.75x width."""
+    cfg = _ResNet(width_mult=0.75, mlp_ratio=2.0)
+    return _create_dynperceiver("dynperceiver_resnet50_0_75x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_regnety_400mf(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 6, model 1: RegNetY-400MF."""
+    cfg = _RegNetY400MF(latent_depths=(6, 6, 9, 9))
+    return _create_dynperceiver("dynperceiver_regnety_400mf", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_regnety_400mf_t256(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 6, model 2: RegNetY-400MF, 256 latents."""
+    cfg = _RegNetY400MF(num_latents=256, latent_depths=(3, 3, 9, 9))
+    return _create_dynperceiver("dynperceiver_regnety_400mf_t256", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_regnety_800mf(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 6, model 3: RegNetY-800MF."""
+    cfg = _RegNetY800MF(latent_depths=(3, 3, 9, 6))
+    return _create_dynperceiver("dynperceiver_regnety_800mf", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_regnety_800mf_t256(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 6, model 4: RegNetY-800MF, 256 latents."""
+    cfg = _RegNetY800MF(num_latents=256, latent_depths=(3, 3, 9, 6))
+    return _create_dynperceiver("dynperceiver_regnety_800mf_t256", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_regnety_1_6gf(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 6, model 5: RegNetY-1.6GF, 256 latents."""
+    cfg = _RegNetY1_6GF(num_latents=256, latent_depths=(6, 6, 9, 6), mlp_ratio=2.0)
+    return _create_dynperceiver("dynperceiver_regnety_1_6gf", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_regnety_3_2gf(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 6, model 6: RegNetY-3.2GF, 256 latents."""
+    cfg = _RegNetY3_2GF(num_latents=256, latent_depths=(6, 6, 9, 9))
+    return _create_dynperceiver("dynperceiver_regnety_3_2gf", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_mobilenetv3_0_75x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 7, model 1: MobileNetV3-Large at 0.75x width."""
+    cfg = _MobileNetV3(width_mult=0.75)
+    return _create_dynperceiver("dynperceiver_mobilenetv3_0_75x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_mobilenetv3_1_0x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 7, model 2: MobileNetV3-Large."""
+    cfg = _MobileNetV3()
+    return _create_dynperceiver("dynperceiver_mobilenetv3_1_0x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_mobilenetv3_1_0x_deep(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 7, model 3: MobileNetV3-Large, more self-attention."""
+    cfg = _MobileNetV3(latent_depths=(6, 6, 9, 9))
+    return _create_dynperceiver("dynperceiver_mobilenetv3_1_0x_deep", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_mobilenetv3_1_25x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 7, model 4: MobileNetV3-Large at 1.25x width."""
+    cfg = _MobileNetV3(width_mult=1.25, latent_depths=(6, 6, 9, 9))
+    return _create_dynperceiver("dynperceiver_mobilenetv3_1_25x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_mobilenetv3_1_5x(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """Table 7, model 5: MobileNetV3-Large at 1.5x width, 256 latents."""
+    cfg = _MobileNetV3(width_mult=1.5, num_latents=256)
+    return _create_dynperceiver("dynperceiver_mobilenetv3_1_5x", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dynperceiver_test(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
+    """A network of 64-pixel images small enough for tests and demonstrations; not from the paper."""
+    cfg = DynPerceiverCfg(
+        "regnety",
+        num_latents=32,
+        latent_depths=(1, 1, 2, 1),
+        mlp_ratio=2.0,
+        widths=(16, 24, 40, 64, 96),
+        depths=(1, 1, 2, 1),
+        group_size=8,
+    )
+    return _create_dynperceiver("dynperceiver_test", pretrained, cfg, **kwargs)
