@@ -1,6 +1,6 @@
 """Run the hosts' own test files over this package's models: ``run.py [--all] [--host timm ...] [suite's options]``.
 
-Every ``<host>_suite.py`` in this folder is one suite, a module with ``main(argv) -> int`` that returns 0 if all is well.
+Every ``<host>_suite.py`` in this folder is one suite, a module with ``main(argv) -> int``, 0 if all is well.
 It gets ``--all`` when every model is asked for, the small ones being the default, and the options not known here.
 """
 
