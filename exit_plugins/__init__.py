@@ -16,9 +16,12 @@ from .exits import (
     ExitTable,
     MultiExit,
     MultiExitLoss,
+    anytime_curve,
+    budgeted_curve,
     collect_exits,
     exit_costs,
     exit_latency,
+    solve_thresholds,
 )
 
 if TYPE_CHECKING:
@@ -46,10 +49,13 @@ __all__ = [
     "MultiExitLoss",
     "RepAdapterConfig",
     "__version__",
+    "anytime_curve",
+    "budgeted_curve",
     "collect_exits",
     "exit_costs",
     "exit_latency",
     "get_dyn_peft_model",
+    "solve_thresholds",
 ]
 
 

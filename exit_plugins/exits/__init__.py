@@ -3,10 +3,12 @@
 from .adaptive import AdaptiveModel, ExitOutput
 from .confidence import confidence, fit_temperatures
 from .costs import ExitCosts, exit_costs, exit_latency
+from .evaluation import anytime_curve, budgeted_curve, evaluate_policy
 from .losses import MultiExitLoss
 from .policy import ExitPolicy
 from .protocol import MultiExit
 from .table import ExitTable, collect_exits
+from .thresholds import policy_path, solve_thresholds
 
 __all__ = [
     "AdaptiveModel",
@@ -16,9 +18,14 @@ __all__ = [
     "ExitTable",
     "MultiExit",
     "MultiExitLoss",
+    "anytime_curve",
+    "budgeted_curve",
     "collect_exits",
     "confidence",
     "exit_costs",
     "exit_latency",
+    "evaluate_policy",
     "fit_temperatures",
+    "policy_path",
+    "solve_thresholds",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CONFIDENCES", "confidence", "fit_temperatures"]
+__all__ = ["CONFIDENCES", "confidence", "fit_temperatures", "running_ensemble"]
 
 
 def _max_softmax(logits: Tensor) -> Tensor:
@@ -78,3 +78,30 @@ def fit_temperatures(logits: Sequence[Tensor] | Tensor, target: Tensor) -> list[
         best = minimize_scalar(nll, bounds=(-3.912, 3.912), method="bounded", options={"xatol": 1e-5})
         temperatures.append(float(torch.tensor(-best.x).exp()))
     return temperatures
+
+
+def running_ensemble(
+    logits: Sequence[Tensor] | Tensor, costs: Sequence[float] | Tensor, temperatures: Sequence[float] | None = None
+) -> Tensor:
+    """At each exit, the mean of the probabilities of the exits so far, each weighted by what reaching it costs.
+
+    Deeper exits weigh more. It mends anytime accuracy where an exit is worse than the one before it, and costs
+    nothing, since the earlier exits have spoken already.
+
+    Args:
+        logits: (K, N, C), or K tensors (N, C).
+        costs: (K,) cumulative cost of each exit, in any unit.
+        temperatures: (K,) that divide the logits first.
+
+    Returns:
+        Log-probabilities (K, N, C): logits again, which every confidence measure takes.
+    """
+    parts = [torch.as_tensor(z).float() for z in logits]
+    weights = torch.as_tensor(costs, dtype=torch.float64)
+    if weights.shape != (len(parts),) or not (weights > 0).all():
+        raise ValueError(f"expected {len(parts)} positive costs, one per exit, got {weights.tolist()}.")
+    temperatures = tuple(temperatures) if temperatures is not None else (1.0,) * len(parts)
+    scaled = torch.stack([z / t for z, t in zip(parts, temperatures, strict=True)]).log_softmax(-1)
+    weighted = scaled + weights.log().float().view(-1, *[1] * (scaled.ndim - 1))
+    total = weights.cumsum(0).log().float()
+    return weighted.logcumsumexp(0) - total.view(-1, *[1] * (scaled.ndim - 1))

@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._files import atomic_write
-from .confidence import CONFIDENCES, confidence
+from .confidence import CONFIDENCES, confidence, running_ensemble
 from .protocol import check_multi_exit, exit_device
 
 __all__ = ["ExitTable", "collect_exits"]
@@ -137,6 +137,12 @@ class ExitTable:
             raise ValueError("this table holds no logits; collect it with keep_logits=True.")
         temperatures = self.temperatures if temperatures is None else temperatures
         return ExitTable.from_logits(self.logits, self.target, measure or self.measure, temperatures)
+
+    def running_ensemble(self, costs: Sequence[float] | np.ndarray) -> "ExitTable":
+        """The table of ``exits.confidence.running_ensemble`` over the exits, for anytime use; needs ``logits``."""
+        if self.logits is None:
+            raise ValueError("this table holds no logits; collect it with keep_logits=True.")
+        return ExitTable.from_logits(running_ensemble(self.logits, costs, self.temperatures), self.target, self.measure)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a compressed ``.npz``, whole or not at all."""
