@@ -205,7 +205,7 @@ class _Split:
         return _Point(thresholds.copy(), correct, mean_cost(exit_counts(exits, self.num_exits), self.costs))
 
     def threshold(self, k: int, cut: int) -> np.float32:
-        """Threshold that lets the ``cut`` most confident samples leave; -inf for all, so that all means all elsewhere."""
+        """Threshold that lets the ``cut`` most confident samples leave; -inf for all of them, here and elsewhere."""
         if cut == 0:
             return np.float32(np.inf)
         return np.float32(-np.inf) if cut == self.cuts[k][-1] else self.values[k][cut - 1]
