@@ -1,0 +1,1063 @@
+"""DVT: a cascade of vision transformers that read one image as more and more tokens, each starting from the last.
+
+Paper: "Not All Images are Worth 16x16 Words: Dynamic Transformers for Efficient Image Recognition" (Wang et al.,
+NeurIPS 2021). Section numbers below are the paper's; where it is silent, the layers follow what the authors' published
+weights compute, so that these load.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    Attention,
+    Mlp,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    global_pool_nlc,
+    resample_abs_pos_embed,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import adapt_input_conv, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args, update_model_input_size
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..exits.policy import ExitPolicy, describe_model
+from ..exits.protocol import MultiExit
+from ._checkpoints import build_with_checkpoint, describe_keys, unwrap_state_dict
+
+__all__ = ["DVT", "DVTCfg", "policies_from_checkpoint"]
+
+Size = int | tuple[int, int]
+
+torch.fx.wrap("_check_image")
+torch.fx.wrap("_at_least_float32")
+
+
+@dataclass(frozen=True)
+class DVTCfg:
+    """The vision transformer that a DVT repeats, and how the repetitions help each other.
+
+    A DVT over another transformer is one line, ``DVT(DVTCfg(embed_dim=192, num_heads=3))`` or
+    ``create_model("dvt_deit_small", embed_dim=192, num_heads=3)``.
+
+    Attributes:
+        embed_dim: D, channels of a token.
+        depth: L, blocks of each transformer.
+        num_heads: H, attention heads of each block.
+        mlp_ratio: Width of the MLPs over D.
+        qkv_bias: Whether queries, keys and values have a bias.
+        norm_eps: Of every LayerNorm of the blocks.
+        tokens: ``t2t`` (tokens-to-token module, fixed sinusoidal positions) or ``patch`` (one strided convolution,
+            learned positions).
+        token_grids: Tokens along each side (or along height and width) at each exit, shallow to deep.
+        base_size: Image size in pixels the token grids are stated for: it fixes the patches' sizes.
+        feature_reuse: Exits after the first read the tokens the exit before ended with (section 3.2, eq. 4 and 5).
+        relation_reuse: Exits after the first read the attention logits of the exit before (section 3.2, eq. 8 and 9).
+        context_hidden: Hidden width of the feature reuse's MLPs.
+        context_width: D', channels that feature reuse adds to each token before a block's MLP.
+        t2t_width: Channels of the tokens inside the tokens-to-token module.
+        t2t_features: Random features of its linear attention.
+        t2t_drop_rate: Dropout inside it.
+    """
+
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    tokens: str = "patch"
+    token_grids: tuple[Size, ...] = (7, 10, 14)
+    base_size: Size = 224
+    feature_reuse: bool = True
+    relation_reuse: bool = True
+    context_hidden: int = 128
+    context_width: int = 48
+    t2t_width: int = 64
+    t2t_features: int = 32
+    t2t_drop_rate: float = 0.1
+
+
+class Patches(NamedTuple):
+    """How one side of an image is cut into patches: ``halvings`` more 3-wide, 2-apart cuts follow the first."""
+
+    kernel: int
+    stride: int
+    padding: int
+    halvings: int
+
+    def count(self, side: int) -> int:
+        """Tokens along a side of ``side`` pixels."""
+        tokens = (side + 2 * self.padding - self.kernel) // self.stride + 1
+        for _ in range(self.halvings):
+            tokens = (tokens + 1) // 2
+        return tokens
+
+    @property
+    def reduction(self) -> int:
+        """Pixels from one token to the next."""
+        return self.stride << self.halvings
+
+
+def _cut(side: int, tokens: int, kind: str) -> Patches:
+    """Patches that make ``tokens`` of ``side`` pixels.
+
+    Plain patches touch; those of the tokens-to-token module overlap, 7/4 as wide as they are apart, and are merged by
+    two halvings. The padding is the least with which the patches cover the side.
+    """
+    halvings = 2 if kind == "t2t" else 0
+    stride = -(-side // (tokens << halvings))
+    kernel = -(-7 * stride // 4) if kind == "t2t" else stride
+    covered = (-(-side // stride) - 1) * stride + kernel
+    patches = Patches(kernel, stride, max(0, (covered - side + 1) // 2), halvings)
+    if patches.count(side) != tokens:
+        raise ValueError(
+            f"{side} pixels cannot be cut into {tokens} tokens of one size (patches {stride} pixels apart make "
+            f"{patches.count(side)}); choose another entry of token_grids."
+        )
+    return patches
+
+
+def _check_cfg(cfg: DVTCfg) -> DVTCfg:
+    """``cfg`` with sizes as pairs, or ValueError saying what is wrong with it."""
+    if cfg.tokens not in ("t2t", "patch"):
+        raise ValueError(f"tokens must be 't2t' or 'patch', got {cfg.tokens!r}.")
+    if cfg.depth < 1 or cfg.num_heads < 1 or cfg.embed_dim % cfg.num_heads:
+        raise ValueError(f"embed_dim {cfg.embed_dim} does not divide into {cfg.num_heads} heads (depth {cfg.depth}).")
+    grids = tuple(tuple(to_2tuple(grid)) for grid in cfg.token_grids)
+    if not grids or min(map(min, grids)) < 1:
+        raise ValueError(f"token_grids needs one entry of positive token counts per exit, got {cfg.token_grids}.")
+    return replace(cfg, token_grids=grids, base_size=tuple(to_2tuple(cfg.base_size)))
+
+
+def _check_image(x: Tensor, in_chans: int, height: int, width: int) -> Tensor:
+    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] != height or x.shape[3] != width:
+        raise ValueError(
+            f"expected images of shape (batch, {in_chans}, {height}, {width}), got {list(x.shape)}: resize them, or "
+            "build the model with other img_size and in_chans (set_input_size changes img_size later)."
+        )
+    return x
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+class Performer(nn.Module):
+    """Attention of linear cost over random features with an MLP behind, as in the tokens-to-token module.
+
+    It has one head, and its values, not its input, are the residual: (B, N, dim) becomes (B, N, width).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        num_features: int,
+        drop_rate: float = 0.0,
+        norm_eps: float = 1e-5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.kqv = nn.Linear(dim, 3 * width, **dd)
+        self.proj = nn.Linear(width, width, **dd)
+        self.drop = nn.Dropout(drop_rate)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps, **dd)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width, **dd), nn.GELU(), nn.Linear(width, width, **dd), nn.Dropout(drop_rate)
+        )
+        # Drawn once and never trained: a buffer, so that optimizers and DDP leave it alone.
+        self.register_buffer("w", torch.empty(num_features, width, **dd))
+
+    def init_weights(self) -> None:
+        """Draw the random features anew."""
+        num_features, width = self.w.shape
+        w = nn.init.orthogonal_(torch.empty(num_features, width, device="cpu"))
+        self.w.copy_(w * math.sqrt(num_features))
+
+    def _features(self, u: Tensor) -> Tensor:
+        """Positive random features (B, N, m) of ``u`` (B, N, width); their products approximate exp(u . v)."""
+        # exp(-|u|^2 / 2) underflows in half precision, and its sum divides.
+        u = _at_least_float32(u)
+        exponent = u @ self.w.to(u.dtype).t() - u.square().sum(-1, keepdim=True) / 2
+        return exponent.exp() / math.sqrt(self.w.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
+        k_features, q_features = self._features(k), self._features(q)
+        weighted = q_features @ (k_features.transpose(1, 2) @ _at_least_float32(v))
+        total = (q_features * k_features.sum(1, keepdim=True)).sum(-1, keepdim=True)
+        x = v + self.drop(self.proj((weighted / (total + 1e-8)).to(v.dtype)))
+        return x + self.mlp(self.norm2(x))
+
+
+class T2TTokens(nn.Module):
+    """Tokens-to-token module: overlapping patches, merged twice by attention and a 3x3 unfolding at stride 2."""
+
+    def __init__(
+        self, cfg: DVTCfg, patches: tuple[Patches, Patches], in_chans: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        kernel, stride, padding, _ = zip(*patches, strict=True)
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.split = nn.Unfold(kernel, stride=stride, padding=padding)
+        self.merge = nn.Unfold(3, stride=2, padding=1)
+        performer = partial(Performer, width=cfg.t2t_width, num_features=cfg.t2t_features, drop_rate=cfg.t2t_drop_rate)
+        self.attention1 = performer(in_chans * kernel[0] * kernel[1], **dd)
+        self.attention2 = performer(9 * cfg.t2t_width, **dd)
+        self.project = nn.Linear(9 * cfg.t2t_width, cfg.embed_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, N, D)."""
+        height = (x.shape[2] + 2 * self.padding[0] - self.kernel[0]) // self.stride[0] + 1
+        width = (x.shape[3] + 2 * self.padding[1] - self.kernel[1]) // self.stride[1] + 1
+        x = self.attention1(self.split(x).transpose(1, 2))
+        x = self.merge(x.transpose(1, 2).unflatten(2, (height, width)))
+        x = self.attention2(x.transpose(1, 2))
+        x = self.merge(x.transpose(1, 2).unflatten(2, ((height + 1) // 2, (width + 1) // 2)))
+        return self.project(x.transpose(1, 2))
+
+
+class PatchTokens(nn.Module):
+    """One convolution that cuts touching patches; unlike timm's PatchEmbed it may pad."""
+
+    def __init__(
+        self, cfg: DVTCfg, patches: tuple[Patches, Patches], in_chans: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        kernel, stride, padding, _ = zip(*patches, strict=True)
+        self.proj = nn.Conv2d(in_chans, cfg.embed_dim, kernel, stride, padding, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, N, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TokenResize(nn.Module):
+    """Takes rows that stand for the class token and a grid of tokens to a finer grid (section 3.2, figure 5).
+
+    Along each side: nearest upsampling to the next multiple of the old token count that is not below the new one, then
+    adaptive average pooling. Each new token is thus the mean of at most two old ones, so two gathers and one
+    interpolation do a side. The class token, row 0, stays.
+    """
+
+    def __init__(
+        self, old_grid: tuple[int, int], new_grid: tuple[int, int], device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.set_grids(old_grid, new_grid, device, dtype)
+
+    def set_grids(
+        self, old_grid: tuple[int, int], new_grid: tuple[int, int], device: Any = None, dtype: Any = None
+    ) -> None:
+        """Take ``old_grid`` (h, w) to ``new_grid`` from now on."""
+        self.old_grid, self.new_grid = old_grid, new_grid
+        rows = old_grid[0] * new_grid[1] + 1
+        tokens = new_grid[0] * new_grid[1] + 1
+        for name, length in (("width", rows), ("height", tokens)):
+            for end in ("first", "second"):
+                index = torch.empty(length, dtype=torch.int64, device=device)
+                self.register_buffer(f"{name}_{end}", index, persistent=False)
+            self.register_buffer(f"{name}_weight", torch.empty(length, 1, device=device, dtype=dtype), persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the tables (timm calls this after building a model on the meta device)."""
+        (old_h, old_w), (new_h, new_w) = self.old_grid, self.new_grid
+        first, second, weight = _two_taps(old_w, new_w)
+        row = np.arange(old_h)[:, None] * old_w
+        self._fill("width", row + first, row + second, np.broadcast_to(weight, (old_h, new_w)))
+        first, second, weight = _two_taps(old_h, new_h)
+        column = np.arange(new_w)
+        self._fill(
+            "height",
+            first[:, None] * new_w + column,
+            second[:, None] * new_w + column,
+            np.broadcast_to(weight[:, None], (new_h, new_w)),
+        )
+
+    def _fill(self, name: str, first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> None:
+        for end, index in (("first", first), ("second", second)):
+            self.get_buffer(f"{name}_{end}").copy_(torch.from_numpy(np.append(0, index.ravel() + 1)))
+        self.get_buffer(f"{name}_weight").copy_(torch.from_numpy(np.append(0.0, weight.ravel())[:, None]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 1 + h*w, C) to (..., 1 + h'*w', C)."""
+        first, second = x.index_select(-2, self.width_first), x.index_select(-2, self.width_second)
+        x = torch.lerp(first, second, self.width_weight.to(x.dtype))
+        first, second = x.index_select(-2, self.height_first), x.index_select(-2, self.height_second)
+        return torch.lerp(first, second, self.height_weight.to(x.dtype))
+
+    def both_axes(self, x: Tensor) -> Tensor:
+        """Maps between tokens, (B, H, N, N) to (B, H, N', N'): keys first, then queries."""
+        # Gathering whole rows is several times faster than gathering along the last axis.
+        x = self.forward(x.transpose(-2, -1).contiguous())
+        return self.forward(x.transpose(-2, -1).contiguous())
+
+
+def _two_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each new token of a side the two old tokens it is made of and the second's weight."""
+    factor = -(-new // old)
+    upsampled = factor * old
+    start = np.arange(new) * upsampled // new
+    stop = -(-(np.arange(new) + 1) * upsampled // new)
+    first, second = start // factor, (stop - 1) // factor
+    weight = (stop - second * factor) / (stop - start)
+    return first, second, np.where(first == second, 0.0, weight)
+
+
+class ReuseAttention(Attention):
+    """Self-attention whose logits can be added to and handed on (eq. 9).
+
+    It stays on the fused kernel unless somebody asks for the logits.
+    """
+
+    def forward(
+        self, x: Tensor, added: Tensor | None = None, return_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attended tokens (B, N, D) and, if asked for, the logits (B, H, N, N) after ``added`` is in them."""
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        logits: Tensor | None = None
+        if return_logits or not self.fused_attn:
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            if added is not None:
+                scores = scores + added
+            x = self.attn_drop(scores.softmax(dim=-1)) @ v
+            if return_logits:
+                logits = scores
+        else:
+            dropout = self.attn_drop.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)
+        x = x.transpose(1, 2).reshape(batch, length, self.attn_dim)
+        return self.proj_drop(self.proj(x)), logits
+
+
+class DVTBlock(Block):
+    """timm's transformer block with both kinds of reuse.
+
+    Args:
+        context_hidden: Hidden width of f_l (eq. 4).
+        context_width: D', its output's width; 0 for no feature reuse.
+        resize: Takes the exit before's tokens to this one's; None in the first exit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        context_hidden: int = 0,
+        context_width: int = 0,
+        resize: TokenResize | None = None,
+        proj_drop: float = 0.0,
+        norm_layer: Any = nn.LayerNorm,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        kwargs = dict(proj_drop=proj_drop, norm_layer=norm_layer, attn_layer=ReuseAttention, **kwargs)
+        super().__init__(dim, num_heads, mlp_ratio, **kwargs, **dd)
+        self.resize = resize
+        self.feature_resuse_mlp = None  # so spelled in the published weights
+        if context_width:
+            self.feature_resuse_mlp = nn.Sequential(
+                norm_layer(dim, **dd), Mlp(dim, context_hidden, context_width, **dd)
+            )
+            self.norm2 = norm_layer(dim + context_width, **dd)
+            self.mlp = Mlp(dim + context_width, int(dim * mlp_ratio), dim, drop=proj_drop, **dd)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, relation: Tensor | None = None, return_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) and, if asked for, this block's attention logits (B, H, N, N).
+
+        ``context`` (B, N_up, D) and ``relation`` (B, H, N_up, N_up) come from the exit before.
+        """
+        added: Tensor | None = None
+        if self.resize is not None and relation is not None:
+            added = self.resize.both_axes(relation)
+        attended, logits = self.attn(self.norm1(x), added, return_logits)
+        x = x + self.drop_path1(self.ls1(attended))
+        y = x
+        if self.resize is not None and self.feature_resuse_mlp is not None and context is not None:
+            # The class token takes no part: its row is zero.
+            embedding = F.pad(self.feature_resuse_mlp(context[:, 1:]), (0, 0, 1, 0))
+            y = torch.cat([x, self.resize(embedding)], dim=-1)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(y)))), logits
+
+
+class DVTStage(nn.Module):
+    """One transformer of the cascade, from the image to its exit."""
+
+    def __init__(
+        self,
+        cfg: DVTCfg,
+        patches: tuple[Patches, Patches],
+        grid: tuple[int, int],
+        upstream_grid: tuple[int, int] | None,
+        hands_on_logits: bool,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        proj_drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.grid = grid
+        self.patches = patches
+        self.num_heads = cfg.num_heads
+        self.global_pool = global_pool
+        self.hands_on_logits = hands_on_logits
+        self.grad_checkpointing = False
+        self.tokens_to_token = self.patch_embed = None
+        pos_embed = torch.empty(1, 1 + grid[0] * grid[1], cfg.embed_dim, **dd)
+        if cfg.tokens == "t2t":
+            self.tokens_to_token = T2TTokens(cfg, patches, in_chans, **dd)
+            self.register_buffer("pos_embed", pos_embed)
+        else:
+            self.patch_embed = PatchTokens(cfg, patches, in_chans, **dd)
+            self.pos_embed = nn.Parameter(pos_embed)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.embed_dim, **dd))
+
+        channels = cfg.depth * cfg.num_heads
+        self.relation_reuse_conv = self.resize = None
+        if upstream_grid is not None and (cfg.feature_reuse or cfg.relation_reuse):
+            self.resize = TokenResize(upstream_grid, grid, **dd)
+        if upstream_grid is not None and cfg.relation_reuse:
+            self.relation_reuse_conv = nn.Sequential(
+                nn.Conv2d(channels, 3 * channels, 1, **dd), nn.GELU(), nn.Conv2d(3 * channels, channels, 1, **dd)
+            )
+        norm_layer = partial(nn.LayerNorm, eps=cfg.norm_eps)
+        reads_features = upstream_grid is not None and cfg.feature_reuse
+        self.blocks = nn.ModuleList(
+            [
+                DVTBlock(
+                    cfg.embed_dim,
+                    cfg.num_heads,
+                    cfg.mlp_ratio,
+                    context_hidden=cfg.context_hidden,
+                    context_width=cfg.context_width if reads_features else 0,
+                    resize=self.resize,
+                    qkv_bias=cfg.qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
+                    **dd,
+                )
+                for rate in calculate_drop_path_rates(drop_path_rate, cfg.depth)
+            ]
+        )
+        self.norm = norm_layer(cfg.embed_dim, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(cfg.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    def fill_positions(self) -> None:
+        """Draw the learned positions, or compute the fixed ones."""
+        if isinstance(self.pos_embed, nn.Parameter):
+            trunc_normal_(self.pos_embed, std=0.02)
+        else:
+            self.pos_embed.copy_(torch.from_numpy(_sinusoids(*self.pos_embed.shape[1:])))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, 1 + N, D), class token first, positions added."""
+        if self.tokens_to_token is not None:
+            x = self.tokens_to_token(x)
+        elif self.patch_embed is not None:
+            x = self.patch_embed(x)
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+
+    def run_blocks(
+        self, x: Tensor, context: Tensor | None, relations: Tensor | None, take: list[int], last: int
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Run blocks 0 to ``last``: their tokens, the attention logits of each, the tokens after those in ``take``."""
+        x = self.embed(x)
+        maps: Tensor | None = None
+        if self.relation_reuse_conv is not None and relations is not None:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                maps = checkpoint(self.relation_reuse_conv, relations)
+            else:
+                maps = self.relation_reuse_conv(relations)
+        logits: list[Tensor] = []
+        taken: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if index <= last:
+                relation: Tensor | None = None
+                if maps is not None:
+                    relation = maps[:, index * self.num_heads : (index + 1) * self.num_heads]
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x, own = checkpoint(block, x, context, relation, self.hands_on_logits)
+                else:
+                    x, own = block(x, context, relation, self.hands_on_logits)
+                if own is not None:
+                    logits.append(own)
+                if index in take:
+                    taken.append(x)
+        return x, logits, taken
+
+    def forward(self, x: Tensor, context: Tensor | None, relations: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, 1 + N, D) before the final norm and, if the next exit reads them, all attention logits.
+
+        Args:
+            x: Images (B, C, H, W).
+            context: The first result of the exit before, if it is read.
+            relations: The second one, (B, L*H, 1 + N_up, 1 + N_up): layer by layer, in each head by head.
+        """
+        take: list[int] = []
+        x, logits, _ = self.run_blocks(x, context, relations, take, len(self.blocks))
+        handed_on: Tensor | None = None
+        if self.hands_on_logits:
+            handed_on = torch.cat(logits, dim=1)
+        return x, handed_on
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) from normalised tokens (B, 1 + N, D), or their pooled features (B, D)."""
+        x = self.head_drop(global_pool_nlc(x, self.global_pool, num_prefix_tokens=1))
+        return x if pre_logits else self.head(x)
+
+
+def _sinusoids(length: int, width: int) -> np.ndarray:
+    """(1, length, width): sine in even, cosine in odd channels j of position / 10000^(2 floor(j/2) / width)."""
+    channel = np.arange(width)
+    angle = np.arange(length)[:, None] / 10000 ** (2 * (channel // 2) / width)
+    return np.where(channel % 2 == 0, np.sin(angle), np.cos(angle))[None]
+
+
+class DVT(MultiExit, nn.ModuleDict):
+    """Dynamic Vision Transformer: K transformers in a cascade, one exit each.
+
+    The stages are named after the published weights: ``normal_token`` is the last, and each one before it has one more
+    ``less_`` (``less_token``, ``less_less_token``). The model is a dictionary of them because TorchScript can run
+    through one.
+
+    Images must have the size the model was built for. With ``token_grids`` given, it is cut into exactly these grids.
+    Without, patches keep the size they have at 224 pixels and their number follows ``img_size``, whose sides must be
+    multiples of the coarsest patches (32 pixels): 256 gives 8, 11 and 16 tokens a side.
+
+    Args:
+        cfg: The network; keyword arguments named like its fields replace them.
+        img_size: Height and width of the images, or one number for both.
+        in_chans: Channels of the images.
+        num_classes: Classes at every exit; 0 for none: exits then return their pooled features (B, D).
+        global_pool: ``token`` (the class token), ``avg`` or ``""``.
+        drop_rate: Dropout before the classifiers.
+        proj_drop_rate: Dropout after attention and in the MLPs.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of the last block of each stage, falling linearly to 0 at the first.
+
+    Raises:
+        ValueError: The images cannot be cut as asked; the message says which sizes can.
+        TypeError: An unknown keyword argument.
+    """
+
+    def __init__(
+        self,
+        cfg: DVTCfg | None = None,
+        img_size: Size = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if "token_grids" in kwargs:
+            kwargs.setdefault("base_size", img_size)
+        self.cfg = cfg = _check_cfg(replace(cfg or DVTCfg(), **kwargs))
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = cfg.embed_dim
+        self.num_exits = len(cfg.token_grids)
+        self.img_size = tuple(to_2tuple(img_size))
+        self.global_pool = _check_pool(global_pool)
+
+        self._patches = [
+            tuple(_cut(side, tokens, cfg.tokens) for side, tokens in zip(cfg.base_size, grid, strict=True))
+            for grid in cfg.token_grids
+        ]
+        grids = self._grids(self.img_size)
+        self.stage_names = tuple(_stage_name(index, self.num_exits) for index in range(self.num_exits))
+        for index, name in enumerate(self.stage_names):
+            self[name] = DVTStage(
+                cfg,
+                self._patches[index],
+                grids[index],
+                upstream_grid=grids[index - 1] if index else None,
+                # Nobody reads the last exit's logits, so they are never kept and its attention is fused.
+                hands_on_logits=cfg.relation_reuse and index + 1 < self.num_exits,
+                in_chans=in_chans,
+                num_classes=num_classes,
+                global_pool=self.global_pool,
+                drop_rate=drop_rate,
+                proj_drop_rate=proj_drop_rate,
+                attn_drop_rate=attn_drop_rate,
+                drop_path_rate=drop_path_rate,
+                **dd,
+            )
+        self.feature_info = [
+            dict(num_chs=cfg.embed_dim, reduction=self._patches[-1][0].reduction, module=f"normal_token.blocks.{index}")
+            for index in range(cfg.depth)
+        ]
+        self.init_weights()
+
+    def _grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Token grid of every stage for images of ``img_size``, or ValueError."""
+        for side, base, coarsest in zip(img_size, self.cfg.base_size, self._patches[0], strict=True):
+            if side < 1 or (side != base and side % coarsest.reduction):
+                below = side - side % coarsest.reduction
+                near = " or ".join(str(size) for size in (below, below + coarsest.reduction) if size > 0)
+                raise ValueError(
+                    f"an image side of {side} pixels does not divide into tokens {coarsest.reduction} pixels apart; "
+                    f"use {near}, or name the token_grids to cut it into."
+                )
+        grids = [tuple(axis.count(side) for axis, side in zip(axes, img_size, strict=True)) for axes in self._patches]
+        for before, after in zip(grids[:-1], grids[1:], strict=True):
+            if after[0] < before[0] or after[1] < before[1]:
+                raise ValueError(f"token grids must not shrink from exit to exit, got {grids} at {img_size} pixels.")
+        return grids
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise everything, as the authors do."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
+                module.reset_parameters()
+            elif isinstance(module, Performer):
+                module.init_weights()
+            elif isinstance(module, DVTStage):
+                trunc_normal_(module.cls_token, std=0.02)
+                module.fill_positions()
+
+    def begin_exits(self, x: Tensor) -> dict[str, Tensor]:
+        """State before the first segment: the images (B, C, H, W), checked."""
+        self._check_exits()
+        return {"images": _check_image(x, self.in_chans, self.img_size[0], self.img_size[1])}
+
+    def forward_exit(self, index: int, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, num_classes) of exit ``index`` and the state the next segment starts from.
+
+        Every segment cuts the image anew, so the state keeps the ``images`` (B, C, H, W). With feature reuse it holds
+        the ``tokens`` (B, 1 + N, D) before the final norm, with relation reuse the ``relations``
+        (B, L*H, 1 + N, 1 + N), the attention logits after what was added to them. After the last exit it is empty.
+        """
+        stage = self[self.stage_names[index]]
+        images = state["images"]
+        tokens, relations = stage(images, state.get("tokens"), state.get("relations"))
+        logits = stage.forward_head(stage.norm(tokens))
+        if index + 1 == self.num_exits:
+            return logits, {}
+        state = {"images": images}
+        if self.cfg.feature_reuse:
+            state["tokens"] = tokens
+        if relations is not None:
+            state["relations"] = relations
+        return logits, state
+
+    def _check_exits(self) -> None:
+        if self.num_exits == 0:
+            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+
+    def _run_stages(self, x: Tensor) -> list[Tensor]:
+        """Tokens (B, 1 + N, D) of every stage, before the final norms."""
+        x = _check_image(x, self.in_chans, self.img_size[0], self.img_size[1])
+        tokens: Tensor | None = None
+        relations: Tensor | None = None
+        outputs: list[Tensor] = []
+        for stage in self.values():
+            tokens, relations = stage(x, tokens, relations)
+            outputs.append(tokens)
+        return outputs
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised tokens (B, 1 + N, D) of the last stage, class token first."""
+        return self.normal_token.norm(self._run_stages(x)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of the last exit from ``forward_features``, or its pooled features (B, D)."""
+        return self.normal_token.forward_head(x, pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the last exit in evaluation, the tuple of every exit's in training."""
+        if self.training and self.num_exits > 0 and not torch.jit.is_scripting():
+            # Same as forward_exits, with the heads last: timm's FX tests look for the outputs at the graph's end.
+            stages = zip(self.values(), self._run_stages(x), strict=True)
+            return tuple(stage.forward_head(stage.norm(tokens)) for stage, tokens in stages)
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Tokens after the blocks of the last stage, which is the one with the finest grid.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: The last n blocks if an int, all if None, else the blocks to take.
+            return_prefix_tokens: Return pairs of grid tokens and class token (B, 1, D).
+            norm: Apply the final norm to them.
+            stop_early: Stop once the last wanted block is done.
+            output_fmt: ``NCHW`` or ``NLC``.
+            intermediates_only: Return the tokens alone.
+
+        Returns:
+            The tokens, or what ``forward_features`` returns and the tokens.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
+        take, max_index = feature_take_indices(len(self.normal_token.blocks), indices)
+        x = _check_image(x, self.in_chans, self.img_size[0], self.img_size[1])
+        tokens: Tensor | None = None
+        relations: Tensor | None = None
+        for index in range(len(self.stage_names) - 1):
+            tokens, relations = self[self.stage_names[index]](x, tokens, relations)
+        stage = self.normal_token
+        last = max_index if stop_early else len(stage.blocks)
+        final, _, taken = stage.run_blocks(x, tokens, relations, take, last)
+        if norm:
+            taken = [stage.norm(y) for y in taken]
+        prefix = [y[:, :1] for y in taken]
+        taken = [y[:, 1:] for y in taken]
+        if output_fmt == "NCHW":
+            taken = [y.transpose(1, 2).unflatten(2, stage.grid).contiguous() for y in taken]
+        if return_prefix_tokens:
+            taken = list(zip(taken, prefix, strict=True))
+        if intermediates_only:
+            return taken
+        return stage.norm(final), taken
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the intermediate tokens at ``indices`` do not need; return the indices kept.
+
+        The exits go with it unless ``prune_head`` is False.
+        """
+        take, max_index = feature_take_indices(len(self.normal_token.blocks), indices)
+        self.normal_token.blocks = self.normal_token.blocks[: max_index + 1]
+        if prune_norm:
+            self.normal_token.norm = nn.Identity()
+        if prune_head:
+            for name in self.stage_names[:-1]:
+                self[name].norm = nn.Identity()
+            self.reset_classifier(0)
+            self.num_exits = 0
+        return take
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The classifiers of all exits, shallow to deep."""
+        return tuple(stage.head for stage in self.values())
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give every exit a new classifier for ``num_classes`` (0 for none)."""
+        if num_classes > 0:
+            self._check_exits()
+        if global_pool is not None:
+            self.global_pool = _check_pool(global_pool)
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        for stage in self.values():
+            stage.global_pool = self.global_pool
+            stage.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+            stage.head.train(self.training)
+            if num_classes > 0:
+                trunc_normal_(stage.head.weight, std=0.02)
+                nn.init.zeros_(stage.head.bias)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Size) -> None:
+        """Take images of ``img_size`` from now on, with patches of the size they have; positions are resampled.
+
+        Raises:
+            ValueError: The size does not divide into tokens; nothing is changed.
+        """
+        img_size = tuple(to_2tuple(img_size))
+        grids = self._grids(img_size)
+        upstream: tuple[int, int] | None = None
+        for stage, grid in zip(self.values(), grids, strict=True):
+            if isinstance(stage.pos_embed, nn.Parameter):
+                resized = resample_abs_pos_embed(stage.pos_embed, new_size=grid, old_size=stage.grid)
+                stage.pos_embed = nn.Parameter(resized.detach(), requires_grad=stage.pos_embed.requires_grad)
+            else:
+                stage.pos_embed = stage.pos_embed.new_empty(1, 1 + grid[0] * grid[1], self.embed_dim)
+                stage.fill_positions()
+            if stage.resize is not None and upstream is not None:
+                stage.resize.set_grids(upstream, grid, **get_device_dtype(stage))
+            stage.grid = upstream = grid
+        self.img_size = img_size
+        update_model_input_size(self, img_size)
+        # A model built from these arguments has the patches this one has.
+        update_model_args(self, token_grids=self.cfg.token_grids, base_size=self.cfg.base_size)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.values():
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The class tokens and the learned positions of every stage."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".cls_token", ".pos_embed"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates; blocks at the same depth share one, whatever their stage."""
+        stem = r"^\w+_token\.(?:cls_token|pos_embed|tokens_to_token|patch_embed|relation_reuse_conv)"
+        return dict(stem=stem, blocks=[(r"^\w+_token\.blocks\.(\d+)", None), (r"^\w+_token\.norm", (99999,))])
+
+
+def _check_pool(global_pool: str) -> str:
+    if global_pool not in ("token", "avg", ""):
+        raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}.")
+    return global_pool
+
+
+def _stage_name(index: int, num_exits: int) -> str:
+    less = num_exits - 1 - index
+    return "less_" * less + "token" if less else "normal_token"
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: DVT) -> dict[str, Any]:
+    """State dict for ``model`` from ours or the authors' (``{"model_state_dict": ...}``).
+
+    Positions are resampled to the model's grids, and the first layers of the tokens-to-token modules to its channels.
+
+    Raises:
+        ValueError: The weights are of another cascade; the message names what is missing and unexpected.
+    """
+    state_dict = unwrap_state_dict(state_dict)
+    wanted = model.state_dict()
+    missing, unexpected = sorted(wanted.keys() - state_dict.keys()), sorted(state_dict.keys() - wanted.keys())
+    if model.num_classes == 0:
+        unexpected = [key for key in unexpected if ".head." not in key]
+    if missing or unexpected:
+        raise ValueError(
+            f"this is no checkpoint of this model: {describe_keys('missing', missing)}; "
+            f"{describe_keys('unexpected', unexpected)}. Check the model's name, token_grids, feature_reuse and "
+            "relation_reuse against the file."
+        )
+    state_dict = {key: state_dict[key] for key in wanted}
+    for name, stage in model.items():
+        key = f"{name}.pos_embed"
+        if not isinstance(stage.pos_embed, nn.Parameter):
+            state_dict[key] = stage.pos_embed
+        elif state_dict[key].shape != stage.pos_embed.shape:
+            base = tuple(axis.count(side) for axis, side in zip(stage.patches, model.cfg.base_size, strict=True))
+            old_size = base if 1 + base[0] * base[1] == state_dict[key].shape[1] else None
+            state_dict[key] = resample_abs_pos_embed(state_dict[key], new_size=stage.grid, old_size=old_size)
+        if stage.tokens_to_token is not None:
+            _adapt_channels(state_dict, f"{name}.tokens_to_token.attention1.", stage.tokens_to_token, model.in_chans)
+    return state_dict
+
+
+def _adapt_channels(state_dict: dict[str, Any], prefix: str, tokens: T2TTokens, in_chans: int) -> None:
+    """Give the layers that read unfolded pixels ``in_chans`` channels, as timm does with a first convolution."""
+    area = tokens.kernel[0] * tokens.kernel[1]
+    weight = state_dict[prefix + "kqv.weight"]
+    base_chans = weight.shape[1] // area
+    if base_chans == in_chans or weight.shape[1] % area:
+        return
+    weight = weight.unflatten(1, (base_chans, *tokens.kernel))
+    state_dict[prefix + "kqv.weight"] = adapt_input_conv(in_chans, weight, base_chans).flatten(1)
+    for key in (prefix + "norm1.weight", prefix + "norm1.bias"):
+        per_pixel = state_dict[key].unflatten(0, (base_chans, area)).mean(0)
+        state_dict[key] = per_pixel.repeat(in_chans)
+
+
+def _allow_numpy_data() -> AbstractContextManager[None]:
+    """Let torch read numpy arrays and numbers from files it otherwise takes tensors from only: data, no code."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")}
+    # numpy 2 moved these functions; files name them by the place they were in when written.
+    moved = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for function, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))
+    ]
+    return torch.serialization.safe_globals([np.ndarray, np.dtype, *dtypes, *moved])
+
+
+def policies_from_checkpoint(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    model: nn.Module | None = None,
+    costs: Sequence[float] | None = None,
+) -> list[ExitPolicy]:
+    """The thresholds stored in one of the authors' checkpoints, one policy per row, in the file's order.
+
+    Args:
+        checkpoint: The file, or what was in it: a mapping with ``dynamic_threshold``, a table (R, K) of thresholds.
+        model: If given, it must have K exits, and the policies will only run on models like it.
+        costs: Cumulative cost of each exit to write into the policies, such as ``exit_costs(model).macs``; by default
+            the file's ``flops``, where these are K numbers.
+
+    Returns:
+        R policies; save each with ``policy.save(path)``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no thresholds, or not as many as the model has exits.
+    """
+    if not isinstance(checkpoint, Mapping):
+        if not os.path.isfile(checkpoint):
+            raise FileNotFoundError(f"there is no checkpoint file {checkpoint}.")
+        with _allow_numpy_data():
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, Mapping) or "dynamic_threshold" not in checkpoint:
+        raise ValueError(
+            "the checkpoint holds no dynamic_threshold; solve thresholds with exit_plugins.solve_thresholds instead."
+        )
+    rows = _as_array(checkpoint["dynamic_threshold"])
+    if rows is None or rows.ndim != 2 or rows.size == 0:
+        raise ValueError("dynamic_threshold is not a table of numbers (rows, exits).")
+    if costs is None:
+        costs = _as_array(checkpoint.get("flops"))
+        if costs is None or costs.shape != rows.shape[1:]:
+            costs = None
+    described = None if model is None else describe_model(model)
+    return [
+        ExitPolicy(row, costs=costs, model=described, source={"method": "msdnet", "dynamic_threshold_row": index})
+        for index, row in enumerate(rows)
+    ]
+
+
+def _as_array(values: Any) -> np.ndarray | None:
+    """Tensors, lists of numbers and lists of tensors as one float64 array; None if they are none of these."""
+    if isinstance(values, Tensor):
+        return values.detach().double().numpy()
+    if isinstance(values, Iterable) and not isinstance(values, str | Mapping | np.ndarray):
+        values = [_as_array(value) if isinstance(value, Iterable) else value for value in values]
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+
+
+def _create_dvt(variant: str, pretrained: bool, cfg: DVTCfg, **kwargs: Any) -> DVT:
+    out_indices = kwargs.pop("out_indices", 3)
+    with _allow_numpy_data():
+        return build_with_checkpoint(
+            DVT,
+            variant,
+            pretrained,
+            model_cfg=cfg,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            **kwargs,
+        )
+
+
+def _cfg(url: str = "", tokens: str = "t2t", num_exits: int = 3, **kwargs: Any) -> dict[str, Any]:
+    first = "tokens_to_token.attention1.kqv" if tokens == "t2t" else "patch_embed.proj"
+    stages = [_stage_name(index, num_exits) for index in range(num_exits)]
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "fixed_input_size": True,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": tuple(f"{stage}.{first}" for stage in stages),
+        "classifier": tuple(f"{stage}.head" for stage in stages),
+        "paper_ids": "arXiv:2105.15075",
+        "paper_name": "Not All Images are Worth 16x16 Words: Dynamic Transformers for Efficient Image Recognition",
+        "origin_url": "https://github.com/blackfeather-wang/Dynamic-Vision-Transformer",
+        **kwargs,
+    }
+
+
+def _url(share: str) -> str:
+    return f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1"
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dvt_t2t_vit_12.in1k": _cfg(_url("f7987d559f00435caa3d")),
+        "dvt_t2t_vit_14.in1k": _cfg(_url("afda2eec77c7491bbdaf")),
+        "dvt_deit_small.in1k": _cfg(_url("c415017423dd40ab8e72"), tokens="patch"),
+        "dvt_t2t_vit_12_2exit.untrained": _cfg(num_exits=2),
+        "dvt_test.untrained": _cfg(input_size=(3, 64, 64), crop_pct=1.0),
+    }
+)
+
+_T2T = partial(DVTCfg, tokens="t2t", qkv_bias=False, norm_eps=1e-5)
+_T2T12 = partial(_T2T, embed_dim=256, depth=12, num_heads=4, mlp_ratio=2.0)
+
+
+@register_model
+def dvt_t2t_vit_12(pretrained: bool = False, **kwargs: Any) -> DVT:
+    """T2T-ViT-12 at 7x7, 10x10 and 14x14 tokens."""
+    return _create_dvt("dvt_t2t_vit_12", pretrained, _T2T12(), **kwargs)
+
+
+@register_model
+def dvt_t2t_vit_14(pretrained: bool = False, **kwargs: Any) -> DVT:
+    """T2T-ViT-14 at 7x7, 10x10 and 14x14 tokens."""
+    cfg = _T2T(embed_dim=384, depth=14, num_heads=6, mlp_ratio=3.0)
+    return _create_dvt("dvt_t2t_vit_14", pretrained, cfg, **kwargs)
+
+
+@register_model
+def dvt_deit_small(pretrained: bool = False, **kwargs: Any) -> DVT:
+    """DeiT-small at 7x7, 10x10 and 14x14 tokens."""
+    return _create_dvt("dvt_deit_small", pretrained, DVTCfg(), **kwargs)
+
+
+@register_model
+def dvt_t2t_vit_12_2exit(pretrained: bool = False, **kwargs: Any) -> DVT:
+    """T2T-ViT-12 at 7x7 and 14x14 tokens: the paper's model for measured speed (table 2)."""
+    return _create_dvt("dvt_t2t_vit_12_2exit", pretrained, _T2T12(token_grids=(7, 14)), **kwargs)
+
+
+@register_model
+def dvt_test(pretrained: bool = False, **kwargs: Any) -> DVT:
+    """A network of 64-pixel images small enough for tests and demonstrations; not from the paper."""
+    cfg = _T2T(embed_dim=64, depth=3, num_heads=2, mlp_ratio=2.0, token_grids=(2, 3, 4), base_size=64)
+    cfg = replace(cfg, context_hidden=32, context_width=16, t2t_width=32, t2t_features=16)
+    return _create_dvt("dvt_test", pretrained, cfg, **kwargs)
