@@ -64,6 +64,6 @@ class BottleneckLayer(nn.Module, AdapterLayer):
 
 
 NOT_MERGEABLE = (
-    "a bottleneck adapter is not linear and cannot be merged into the base model. Use the model as it is, call unload() "
-    "to get the base model back, or train LoRA or RepAdapter, which can be merged."
+    "a bottleneck adapter is not linear and cannot be merged into the base model. Use the model as it is, call "
+    "unload() to get the base model back, or train LoRA or RepAdapter, which can be merged."
 )

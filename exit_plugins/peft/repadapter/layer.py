@@ -65,8 +65,8 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
         )
         if mine != theirs:
             raise ValueError(
-                f"query, key and value share one adapter but differ in (input features, r, scale): {theirs} and {mine}. "
-                "Give them the same patterns, or set share_qkv=False."
+                f"query, key and value share one adapter but differ in (input features, r, scale): {theirs} and "
+                f"{mine}. Give them the same patterns, or set share_qkv=False."
             )
         for name in ("repadapter_A", "repadapter_B", "repadapter_dropout", "r", "groups", "scaling", "initial_scaling"):
             getattr(self, name).pop(adapter_name)

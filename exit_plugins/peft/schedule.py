@@ -1,0 +1,139 @@
+"""What Dyn-Adapter changes during training: weights of the exits, dropout by depth, and the masked gradient."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["GradientMask", "exit_weights", "set_dropout"]
+
+
+def exit_weights(
+    num_exits: int, progress: float, shallow: tuple[float, float] = (0.1, 0.5), deep: tuple[float, float] = (1.0, 0.5)
+) -> list[float]:
+    """Weights lambda of the exits' losses (Dyn-Adapter eq. 5), at ``progress`` in [0, 1].
+
+    The exits' shallow half (the smaller one of an odd number) goes linearly from ``shallow[0]`` to ``shallow[1]``, the
+    deep half from ``deep[0]`` to ``deep[1]``. Equal ends make constant weights.
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress is the share of training done, in [0, 1]; got {progress}.")
+    low, high = (start + (end - start) * progress for start, end in (shallow, deep))
+    return [low if index < num_exits // 2 else high for index in range(num_exits)]
+
+
+def set_dropout(
+    model: nn.Module, adapter_name: str, units: Sequence[str], shallow: float | None, deep: float | None
+) -> int:
+    """Set the dropout of an adapter in the first half of ``units`` and in the second (Dyn-Adapter, section 3.3).
+
+    Works on every PEFT method that keeps its dropout in a dictionary by adapter name. A rate of None leaves the
+    method's own. Returns how many layers were set; warns if there were none to set.
+    """
+    count, wanted = 0, shallow is not None or deep is not None
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        depth = next((index for index, unit in enumerate(units) if name.startswith(f"{unit}.")), None)
+        if depth is None:
+            continue
+        rate = shallow if depth < len(units) // 2 else deep
+        for child_name, child in layer.named_children():
+            if not (child_name.endswith("dropout") and isinstance(child, nn.ModuleDict) and adapter_name in child):
+                continue
+            count += 1
+            if rate is not None:
+                # PEFT puts an identity where the rate is 0; a new dropout layer starts in training mode.
+                child[adapter_name] = nn.Dropout(rate).train(layer.training)
+    if wanted and not count:
+        warnings.warn(
+            "no layer of this PEFT method has dropout to set: dropout_shallow and dropout_deep have no effect. "
+            "Set both to None to say that this is meant.",
+            stacklevel=3,
+        )
+    return count
+
+
+class GradientMask:
+    """Leaves a random share of the entries out of every optimiser step (Dyn-Adapter eq. 8).
+
+    Args:
+        parameters: what is masked.
+        share: probability p_m with which an entry is left out, drawn anew for each step.
+        mode: ``"gradient"`` sets the left-out entries of the gradient to zero, without rescaling the others; an
+            optimiser with momentum or weight decay may still move them. ``"update"`` lets no left-out entry move,
+            whatever the optimiser.
+        seed: of the draws. They depend on the seed and the number of the step alone, and so agree in all processes of
+            distributed training and after resuming (set ``step``).
+
+    ``attach(optimizer)`` makes it act from within ``optimizer.step()``: once for each real step, also under gradient
+    accumulation and gradient scaling, in any loop.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], share: float = 0.1, mode: str = "gradient", seed: int = 0
+    ) -> None:
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"the masked share must lie in [0, 1), got {share}.")
+        if mode not in ("gradient", "update"):
+            raise ValueError(f"unknown mask mode {mode!r}; choose gradient or update.")
+        self.parameters = list(parameters)
+        self.share, self.mode, self.seed = share, mode, seed
+        self.step = 0
+        self._handles: list = []
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    def attach(self, optimizer: Optimizer) -> "GradientMask":
+        """Act on every step of ``optimizer``; wrappers around it (accelerate's) are seen through."""
+        while not hasattr(optimizer, "register_step_pre_hook") or hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self.parameters and not any(id(p) in known for p in self.parameters):
+            raise ValueError(
+                "the optimiser has none of the masked parameters; make it from the dynamic model's parameters, after "
+                "get_dyn_peft_model and after moving the model to its device."
+            )
+        self.detach()
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_post_hook(lambda *_: self._after()),
+        ]
+        return self
+
+    def detach(self) -> None:
+        """Act no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def draw(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Boolean masks of this step, True where an entry may move; one draw over all parameters of a device."""
+        masks: list[Tensor | None] = [None] * len(parameters)
+        for device in {p.device for p in parameters}:
+            mine = [index for index, p in enumerate(parameters) if p.device == device]
+            generator = torch.Generator(device=device).manual_seed(self.seed * 1_000_003 + self.step)
+            sizes = [parameters[index].numel() for index in mine]
+            keep = torch.rand(sum(sizes), generator=generator, device=device) >= self.share
+            for index, mask in zip(mine, keep.split(sizes), strict=True):
+                masks[index] = mask.view(parameters[index].shape)
+        return masks
+
+    @torch.no_grad()
+    def _before(self) -> None:
+        parameters = [p for p in self.parameters if p.grad is not None]
+        if self.share and parameters:
+            for p, mask in zip(parameters, self.draw(parameters), strict=True):
+                if self.mode == "gradient":
+                    p.grad.mul_(mask)
+                else:
+                    self._held.append((p, mask, p.detach().clone()))
+        self.step += 1
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        for p, mask, before in self._held:
+            p.copy_(torch.where(mask, p, before))
+        self._held.clear()

@@ -1,0 +1,66 @@
+"""Training by transformers' own Trainer: a callback, and metrics of every exit."""
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .dyn import DynPeftModel
+from .schedule import GradientMask
+
+__all__ = ["DynTrainerCallback", "compute_exit_metrics"]
+
+
+class DynTrainerCallback(TrainerCallback):
+    """Moves the schedule and attaches the gradient mask; give it to ``Trainer(callbacks=[DynTrainerCallback()])``.
+
+    Raises ValueError where the arguments would make Trainer train the last exit alone.
+    """
+
+    def __init__(self) -> None:
+        self.mask: GradientMask | None = None
+
+    @staticmethod
+    def _inside(model: nn.Module) -> DynPeftModel:
+        while not isinstance(model, DynPeftModel):
+            inner = getattr(model, "module", None)
+            inner = getattr(model, "_orig_mod", None) if inner is None else inner
+            if inner is None:
+                raise TypeError(
+                    f"DynTrainerCallback is for a DynPeftModel, and Trainer trains a {type(model).__name__}."
+                )
+            model = inner
+        return model
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor makes Trainer take the labels away from the model and train the last exit "
+                "alone; set it to 0 and use DynConfig(label_smoothing=...), which smooths at every exit."
+            )
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs: Any) -> None:
+        self.on_init_end(args, state, control)
+        self.mask = self._inside(model).attach_mask(optimizer)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
+        self._inside(model).set_progress(min(state.global_step / max(state.max_steps, 1), 1.0))
+        if self.mask is not None:
+            self.mask.step = state.global_step
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        if self.mask is not None:
+            self.mask.detach()
+
+
+def compute_exit_metrics(prediction: Any) -> dict[str, float]:
+    """``compute_metrics`` for Trainer: top-1 accuracy, in [0, 1], of the last exit (``accuracy``) and of every exit.
+
+    ``prediction.predictions`` is (logits (N, C), exit_logits (N, K, C)), as a dynamic model's outputs arrive here.
+    """
+    _, exit_logits = prediction.predictions
+    labels = np.asarray(prediction.label_ids)
+    accuracies = (np.asarray(exit_logits).argmax(-1) == labels[:, None]).mean(0)
+    result = {f"accuracy_exit_{index + 1}": float(value) for index, value in enumerate(accuracies)}
+    return {"accuracy": float(accuracies[-1]), **result}
