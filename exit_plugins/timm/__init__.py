@@ -3,6 +3,10 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from ._cards import model_card, save_for_hf
+
+__all__ = ["ARCHITECTURES", "list_models", "model_card", "save_for_hf"]
+
 _SHARED = {"data", "layers", "train"}
 
 ARCHITECTURES = sorted(m.name for m in iter_modules(__path__) if m.name not in _SHARED and not m.name.startswith("_"))

@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from exit_plugins import exit_costs
 from exit_plugins.exits.protocol import check_multi_exit, select_samples
-from exit_plugins.timm import ARCHITECTURES, list_models
-from exit_plugins.timm._cards import model_card, save_for_hf
+from exit_plugins.timm import ARCHITECTURES, list_models, model_card, save_for_hf
 
 SMALL = [name for name in list_models() if name.endswith("_test")]
 
