@@ -60,7 +60,8 @@ MULTIPLE_CASES = [
 CONFIGS = [(RepAdapterConfig, {}), (BottleneckConfig, {})]
 
 # What is left out, and why: tests that read an adapter or a model from the hub, and for Bottleneck, which cannot be
-# merged, those that merge: every one that says so in its name, and these. Tests whose cases name other methods or models are never selected.
+# merged, those that merge: every one that says so in its name, and those named here. Tests whose cases name other
+# methods or models are never selected.
 NEEDS_DOWNLOAD = ("test_from_pretrained", "test_from_pretrained_cache_dir", "test_save_pretrained_with_runtime_config")
 MERGES = (
     "test_forward_float16",
