@@ -62,7 +62,8 @@ class DVTCfg:
         tokens: ``t2t`` (tokens-to-token module, fixed sinusoidal positions) or ``patch`` (one strided convolution,
             learned positions).
         token_grids: Tokens along each side (or along height and width) at each exit, shallow to deep.
-        base_size: Image size in pixels the token grids are stated for: it fixes the patches' sizes.
+        base_size: Image size in pixels the token grids are stated for, which fixes the patches' sizes; None for the
+            size of the images the model is built for.
         feature_reuse: Exits after the first read the tokens the exit before ended with (section 3.2, eq. 4 and 5).
         relation_reuse: Exits after the first read the attention logits of the exit before (section 3.2, eq. 8 and 9).
         context_hidden: Hidden width of the feature reuse's MLPs.
@@ -80,7 +81,7 @@ class DVTCfg:
     norm_eps: float = 1e-6
     tokens: str = "patch"
     token_grids: tuple[Size, ...] = (7, 10, 14)
-    base_size: Size = 224
+    base_size: Size | None = None
     feature_reuse: bool = True
     relation_reuse: bool = True
     context_hidden: int = 128
@@ -130,8 +131,8 @@ def _cut(side: int, tokens: int, kind: str) -> Patches:
     return patches
 
 
-def _check_cfg(cfg: DVTCfg) -> DVTCfg:
-    """``cfg`` with sizes as pairs, or ValueError saying what is wrong with it."""
+def _check_cfg(cfg: DVTCfg, img_size: Size) -> DVTCfg:
+    """``cfg`` with every size there and a pair, or ValueError saying what is wrong with it."""
     if cfg.tokens not in ("t2t", "patch"):
         raise ValueError(f"tokens must be 't2t' or 'patch', got {cfg.tokens!r}.")
     if cfg.depth < 1 or cfg.num_heads < 1 or cfg.embed_dim % cfg.num_heads:
@@ -139,7 +140,7 @@ def _check_cfg(cfg: DVTCfg) -> DVTCfg:
     grids = tuple(tuple(to_2tuple(grid)) for grid in cfg.token_grids)
     if not grids or min(map(min, grids)) < 1:
         raise ValueError(f"token_grids needs one entry of positive token counts per exit, got {cfg.token_grids}.")
-    return replace(cfg, token_grids=grids, base_size=tuple(to_2tuple(cfg.base_size)))
+    return replace(cfg, token_grids=grids, base_size=tuple(to_2tuple(cfg.base_size or img_size)))
 
 
 def _check_image(x: Tensor, in_chans: int, height: int, width: int) -> Tensor:
@@ -555,8 +556,8 @@ class DVT(MultiExit, nn.ModuleDict):
     through one.
 
     Images must have the size the model was built for. With ``token_grids`` given, it is cut into exactly these grids.
-    Without, patches keep the size they have at 224 pixels and their number follows ``img_size``, whose sides must be
-    multiples of the coarsest patches (32 pixels): 256 gives 8, 11 and 16 tokens a side.
+    Without, the registered networks' patches keep the size they have at 224 pixels and their number follows
+    ``img_size``, whose sides must be multiples of the coarsest patches (32 pixels): 256 gives 8, 11 and 16 tokens.
 
     Args:
         cfg: The network; keyword arguments named like its fields replace them.
@@ -592,8 +593,8 @@ class DVT(MultiExit, nn.ModuleDict):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         if "token_grids" in kwargs:
-            kwargs.setdefault("base_size", img_size)
-        self.cfg = cfg = _check_cfg(replace(cfg or DVTCfg(), **kwargs))
+            kwargs.setdefault("base_size", None)
+        self.cfg = cfg = _check_cfg(replace(cfg or DVTCfg(), **kwargs), img_size)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = cfg.embed_dim
@@ -728,7 +729,7 @@ class DVT(MultiExit, nn.ModuleDict):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Tokens after the blocks of the last stage, which is the one with the finest grid.
 
         Args:
@@ -744,13 +745,14 @@ class DVT(MultiExit, nn.ModuleDict):
             The tokens, or what ``forward_features`` returns and the tokens.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got '{output_fmt}'.")
         take, max_index = feature_take_indices(len(self.normal_token.blocks), indices)
         x = _check_image(x, self.in_chans, self.img_size[0], self.img_size[1])
         tokens: Tensor | None = None
         relations: Tensor | None = None
-        for index in range(len(self.stage_names) - 1):
-            tokens, relations = self[self.stage_names[index]](x, tokens, relations)
+        for name, earlier in self.items():
+            if name != "normal_token":
+                tokens, relations = earlier(x, tokens, relations)
         stage = self.normal_token
         last = max_index if stop_early else len(stage.blocks)
         final, _, taken = stage.run_blocks(x, tokens, relations, take, last)
@@ -760,7 +762,7 @@ class DVT(MultiExit, nn.ModuleDict):
         taken = [y[:, 1:] for y in taken]
         if output_fmt == "NCHW":
             taken = [y.transpose(1, 2).unflatten(2, stage.grid).contiguous() for y in taken]
-        if return_prefix_tokens:
+        if return_prefix_tokens and not torch.jit.is_scripting():
             taken = list(zip(taken, prefix, strict=True))
         if intermediates_only:
             return taken
@@ -1026,7 +1028,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_T2T = partial(DVTCfg, tokens="t2t", qkv_bias=False, norm_eps=1e-5)
+_T2T = partial(DVTCfg, tokens="t2t", qkv_bias=False, norm_eps=1e-5, base_size=224)
 _T2T12 = partial(_T2T, embed_dim=256, depth=12, num_heads=4, mlp_ratio=2.0)
 
 
@@ -1046,7 +1048,7 @@ def dvt_t2t_vit_14(pretrained: bool = False, **kwargs: Any) -> DVT:
 @register_model
 def dvt_deit_small(pretrained: bool = False, **kwargs: Any) -> DVT:
     """DeiT-small at 7x7, 10x10 and 14x14 tokens."""
-    return _create_dvt("dvt_deit_small", pretrained, DVTCfg(), **kwargs)
+    return _create_dvt("dvt_deit_small", pretrained, DVTCfg(base_size=224), **kwargs)
 
 
 @register_model
