@@ -1,12 +1,16 @@
 """AdaptiveModel: runs a multi-exit model under a policy; what lies deeper never runs for a sample that has left."""
 
+import contextlib
+import copy
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .compiled import CompiledSegments
 from .confidence import confidence
+from .costs import SegmentTimes, segment_times
 from .policy import ExitPolicy
 from .protocol import check_multi_exit, select_samples
 
@@ -14,7 +18,10 @@ __all__ = ["AdaptiveModel", "ExitOutput"]
 
 
 class ExitOutput(NamedTuple):
-    """Answer of an adaptive run: logits (B, C), exit_index (B,) int64 and confidence (B,) float32 at that exit."""
+    """Answer of an adaptive run: logits (B, C), exit_index (B,) int64 and confidence (B,) float32 at that exit.
+
+    Logits are float32, or float64 where the model computes in it.
+    """
 
     logits: Tensor
     exit_index: Tensor
@@ -27,73 +34,138 @@ class AdaptiveModel(nn.Module):
     Args:
         model: a multi-exit module; it is put in evaluation mode.
         policy: thresholds for it, checked against the model.
+        compile: compile every segment, once for all batch sizes (and CUDA graphs on a GPU), see
+            ``exits.compiled.CompiledSegments``. Compilation happens on first use.
+        fuse: run a copy of the model made for inference: batch norms folded into convolutions where the model has a
+            ``fuse()``, weights in channels_last. ``model`` itself stays as it is, and training it further does not
+            change the copy.
+        dtype: run in mixed precision of this type (``torch.bfloat16``, ``torch.float16``), as under torch.autocast.
 
     ``forward(images (B, C, H, W))`` returns an ExitOutput in the order of the batch; an empty batch returns an empty
-    one. Samples whose confidence is NaN never leave early; those whose logits are NaN at the last exit are reported
-    by a RuntimeWarning.
+    one. Images are taken to the precision of the model's weights. Samples whose confidence is NaN never leave early;
+    those whose logits are NaN at the last exit are reported by a RuntimeWarning.
+
+    Samples that left are dropped at every exit, or, once ``measure`` has timed the segments, wherever that costs less
+    than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
     """
 
-    def __init__(self, model: nn.Module, policy: ExitPolicy) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: ExitPolicy,
+        *,
+        compile: bool = False,
+        fuse: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_multi_exit(model)
         policy.check_model(model)
-        self.model = model.eval()
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"mixed precision runs in torch.bfloat16 or torch.float16, got {dtype}.")
+        self.model = _inference_copy(model) if fuse else model.eval()
+        self.runner = CompiledSegments(self.model) if compile else self.model
         self.policy = policy
+        self.dtype = None if dtype is torch.float32 else dtype
+        self.times: SegmentTimes | None = None
+        self._thresholds = [float(t) for t in policy.thresholds]
+        self._temperatures = [float(t) for t in policy.temperatures]
 
     def train(self, mode: bool = True) -> "AdaptiveModel":
         if mode:
             raise RuntimeError("AdaptiveModel only runs inference; train the model inside it.")
         return super().train(False)
 
+    def measure(self, images: Tensor, repeats: int = 7) -> SegmentTimes:
+        """Time the segments on parts of ``images``, a batch as it will come, and drop samples only where that pays.
+
+        Returns the times, which ``times`` keeps; setting that to None drops at every exit again.
+        """
+        with self._precision(images.device):
+            self.times = segment_times(self.runner, self._checked(images), repeats)
+        return self.times
+
     @torch.inference_mode()
     def forward(self, images: Tensor) -> ExitOutput:
+        images = self._checked(images)
+        with self._precision(images.device):
+            return self._run(images)
+
+    def _run(self, images: Tensor) -> ExitOutput:
+        batch, device = images.shape[0], images.device
+        if batch == 0:
+            num_classes = int(getattr(self.model, "num_classes", 0) or 0)
+            return ExitOutput(
+                torch.empty((0, num_classes), dtype=_result_dtype(images), device=device),
+                torch.empty(0, dtype=torch.int64, device=device),
+                torch.empty(0, device=device),
+            )
+        # Every waiting sample is answered at every exit; the last answer it gets is the one at its own. Samples that
+        # left but are still carried along answer into one row too many.
+        answers: Tensor | None = None
+        sures = torch.empty(batch + 1, device=device)
+        exits = torch.empty(batch + 1, dtype=torch.int64, device=device)
+        position = torch.arange(batch, device=device)  # the row each sample of the state answers into
+        waiting = torch.ones(batch, dtype=torch.bool, device=device)
+        count = batch
+        state = self.runner.begin_exits(images)
+        last = self.policy.num_exits - 1
+        for index, (threshold, temperature) in enumerate(zip(self._thresholds, self._temperatures, strict=True)):
+            logits, state = self.runner.forward_exit(index, state)
+            sure = confidence(logits, self.policy.measure, temperature).float()
+            if answers is None:
+                answers = torch.empty((batch + 1, logits.shape[1]), dtype=_result_dtype(logits), device=device)
+            answers.index_copy_(0, position, logits.to(answers.dtype))
+            sures.index_copy_(0, position, sure)
+            exits.index_fill_(0, position, index)
+            if index == last:
+                break
+            waiting &= ~(sure >= threshold)
+            keep = waiting.nonzero()[:, 0]  # the one synchronisation of this exit
+            if len(keep) == 0:
+                break
+            if len(keep) == count:
+                continue
+            count = len(keep)
+            if self.times is None or self.times.pays(index + 1, len(position), count):
+                state = select_samples(state, keep)
+                position = position.index_select(0, keep)
+                waiting = torch.ones(count, dtype=torch.bool, device=device)
+            else:
+                position = torch.where(waiting, position, batch)
+        if index == last:
+            self._report_nan(sures[:batch])
+        return ExitOutput(answers[:batch], exits[:batch], sures[:batch])
+
+    def _checked(self, images: Tensor) -> Tensor:
         if images.ndim != 4:
             raise ValueError(f"expected images (B, C, H, W), got shape {tuple(images.shape)}.")
-        if images.shape[0] == 0:
-            return self._empty(images)
-        state = self.model.begin_exits(images)
-        batch, device = images.shape[0], images.device
-        position = torch.arange(batch, device=device)  # where each row of the state stands in the batch
-        exit_index = torch.zeros(batch, dtype=torch.int64, device=device)
-        found = torch.zeros(batch, dtype=torch.float32, device=device)
-        answer: Tensor | None = None
-        last = self.policy.num_exits - 1
-        for index in range(last + 1):
-            logits, state = self.model.forward_exit(index, state)
-            sure = confidence(logits, self.policy.measure, float(self.policy.temperatures[index])).float()
-            if answer is None:
-                answer = logits.new_empty((batch, logits.shape[1]))
-            if index == last:
-                leaving = staying = None
-                count = 0
-            else:
-                leaves = sure >= float(self.policy.thresholds[index])
-                staying = (~leaves).nonzero()[:, 0]  # the one synchronisation of this exit
-                count = len(staying)
-                if count == len(position):
-                    continue
-                leaving = leaves.nonzero()[:, 0] if count else None
-            rows = position if leaving is None else position[leaving]
-            answer[rows] = logits if leaving is None else logits[leaving]
-            found[rows] = sure if leaving is None else sure[leaving]
-            exit_index[rows] = index
-            if not count:
-                break
-            position = position[staying]
-            state = select_samples(state, staying)
-        if torch.isnan(found).any():
-            warnings.warn(
-                f"{int(torch.isnan(found).sum())} of {batch} samples have NaN logits at the last exit; look for NaN "
-                "or infinite values in those images or in the weights.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return ExitOutput(answer, exit_index, found)
+        if not images.is_floating_point():
+            raise ValueError(f"expected images normalised to floating point numbers, got {images.dtype}.")
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        return images if weight is None else images.to(weight.dtype)
 
-    def _empty(self, images: Tensor) -> ExitOutput:
-        num_classes = getattr(self.model, "num_classes", 0) or 0
-        return ExitOutput(
-            images.new_empty((0, num_classes)),
-            torch.empty(0, dtype=torch.int64, device=images.device),
-            torch.empty(0, device=images.device),
-        )
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+
+    def _report_nan(self, sures: Tensor) -> None:
+        count = int(sures.isnan().sum())
+        if count:
+            warnings.warn(
+                f"{count} of {len(sures)} samples have NaN logits at the last exit; look for NaN or infinite values in "
+                "those images or in the weights.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _result_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _inference_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` that computes the same faster and cannot be trained."""
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    if callable(getattr(fused, "fuse", None)):
+        fused.fuse()
+    return fused.to(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .protocol import check_multi_exit, exit_device
+from .protocol import check_multi_exit, exit_device, select_samples
 
-__all__ = ["ExitCosts", "exit_costs", "exit_latency"]
+__all__ = ["ExitCosts", "SegmentTimes", "exit_costs", "exit_latency", "segment_times"]
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,72 @@ def exit_latency(model: nn.Module, x: Tensor, repeats: int = 20, warmup: int = 3
         model.train(training)
     segments = np.median(np.diff(times, axis=1, prepend=0.0), axis=0)
     return np.cumsum(segments)
+
+
+@dataclass(frozen=True)
+class SegmentTimes:
+    """Measured time of each segment, and of dropping samples before it, at several batch sizes.
+
+    Attributes:
+        sizes: (S,) batch sizes, increasing.
+        segment: (K, S) seconds segment k takes on that many samples.
+        gather: (K, S) seconds it takes to gather that many samples' state before segment k; zero for the first.
+    """
+
+    sizes: np.ndarray
+    segment: np.ndarray
+    gather: np.ndarray
+
+    def pays(self, index: int, rows: int, waiting: int) -> bool:
+        """Whether gathering the ``waiting`` of ``rows`` samples before segment ``index`` costs less than it saves."""
+        saved = self._at(self.segment[index], rows) - self._at(self.segment[index], waiting)
+        return bool(saved > self._at(self.gather[index], waiting))
+
+    def _at(self, seconds: np.ndarray, rows: int) -> float:
+        """Interpolated between the sizes measured; beyond the largest, in proportion to it."""
+        return float(np.interp(rows, self.sizes, seconds)) * max(rows / float(self.sizes[-1]), 1.0)
+
+
+@torch.inference_mode()
+def segment_times(model: nn.Module, x: Tensor, repeats: int = 7, warmup: int = 2) -> SegmentTimes:
+    """Time every segment, and the gather before it, on 1, 1/4, 1/2, 3/4 and all of the images ``x`` (B, C, H, W).
+
+    Medians of ``repeats`` runs, all sizes measured within each run so that a drift of the machine touches all alike.
+    """
+    check_multi_exit(model)
+    if repeats < 1 or warmup < 0 or x.shape[0] == 0:
+        raise ValueError(f"expected repeats >= 1, warmup >= 0 and images, got {repeats}, {warmup}, {tuple(x.shape)}.")
+    device = exit_device(model)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    sizes = sorted({1, *(max(round(x.shape[0] * part), 1) for part in (0.25, 0.5, 0.75, 1.0))})
+    segment = np.zeros((repeats, model.num_exits, len(sizes)))
+    gather = np.zeros_like(segment)
+
+    def timed(function) -> tuple[float, Any]:
+        synchronize()
+        start = time.perf_counter()
+        result = function()
+        synchronize()
+        return time.perf_counter() - start, result
+
+    training, x = model.training, x.to(device)
+    model.eval()
+    try:
+        for run in range(-warmup, repeats):
+            for column, size in enumerate(sizes):
+                rows = torch.arange(size, device=device)
+                images = x[:size]
+                state = images
+                for index in range(model.num_exits):
+                    if index == 0:
+                        seconds, (_, state) = timed(lambda: model.forward_exit(0, model.begin_exits(images)))  # noqa: B023
+                    else:
+                        copied, state = timed(lambda: select_samples(state, rows))  # noqa: B023
+                        seconds, (_, state) = timed(lambda: model.forward_exit(index, state))  # noqa: B023
+                        if run >= 0:
+                            gather[run, index, column] = copied
+                    if run >= 0:
+                        segment[run, index, column] = seconds
+    finally:
+        model.train(training)
+    return SegmentTimes(np.array(sizes), np.median(segment, 0), np.median(gather, 0))

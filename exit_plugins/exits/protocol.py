@@ -70,8 +70,17 @@ def map_state(function, state: State) -> State:
 
 
 def select_samples(state: State, index: Tensor) -> State:
-    """The state of the samples in ``index`` (int64, 1-d): one gather per leaf."""
-    return map_state(lambda leaf: leaf.index_select(0, index), state)
+    """The state of the samples in ``index`` (int64, 1-d): one gather per leaf, in the leaf's own memory layout."""
+
+    def gather(leaf: Tensor) -> Tensor:
+        if leaf.stride(0) == 0:  # an expanded tensor: every sample has the same row
+            return leaf[:1].expand(len(index), *leaf.shape[1:])
+        # index_select answers in the default layout, which would silently undo channels_last at the first exit.
+        order = [0, *sorted(range(1, leaf.ndim), key=leaf.stride, reverse=True)]
+        back = sorted(range(leaf.ndim), key=order.__getitem__)
+        return leaf.permute(order).index_select(0, index).permute(back)
+
+    return map_state(gather, state)
 
 
 def batch_size(state: State) -> int:

@@ -1,5 +1,6 @@
 """AdaptiveModel against running everything and choosing afterwards, for small models and every registered one."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import timm
 import torch
 from small_models import ConvExits, CountedRows, NestedExits, settle
+from torch.utils._pytree import tree_leaves
 
 import exit_plugins.timm
 from exit_plugins import AdaptiveModel, ExitPolicy
 from exit_plugins.exits import confidence
+from exit_plugins.exits.costs import SegmentTimes, segment_times
+from exit_plugins.exits.protocol import batch_size, select_samples
 
 REGISTERED = [name for name in exit_plugins.timm.list_models() if name.endswith("_test")]
 SMALL = {"conv": ConvExits, "nested": NestedExits}
@@ -75,8 +79,6 @@ def test_equals_choosing_afterwards(case, batch):
 
 def test_the_state_of_some_samples_resumes_at_every_exit(case):
     """Sample independence, the promise compaction stands on."""
-    from exit_plugins.exits.protocol import batch_size, select_samples
-
     model, images, logits, _ = case
     keep = torch.tensor([7, 2, 11])
     with torch.no_grad():
@@ -160,3 +162,106 @@ def test_clear_errors():
         adaptive(images[0])
     with pytest.raises(RuntimeError, match="only runs inference"):
         adaptive.train()
+
+
+class Always:
+    """Segment times under which dropping a sample always pays, or never does."""
+
+    def __init__(self, pays: bool) -> None:
+        self.answer, self.asked = pays, []
+
+    def pays(self, index: int, rows: int, waiting: int) -> bool:
+        self.asked.append((index, rows, waiting))
+        return self.answer
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_samples_carried_along_change_nothing(name):
+    model, images = build(name)
+    with torch.no_grad():
+        sure = confidence(torch.stack(model.forward_exits(images)))
+    for mix in mixes(sure).values():
+        adaptive = AdaptiveModel(model, ExitPolicy([*mix, 0]))
+        dropped = adaptive(images)
+        adaptive.times = Always(False)
+        with CountedRows(model) as counted:
+            carried = adaptive(images)
+        reached = int(dropped.exit_index.max()) + 1
+        assert counted.rows == [24] * reached + [0] * (len(sure) - reached)
+        assert torch.equal(carried.exit_index, dropped.exit_index)
+        torch.testing.assert_close(carried.logits, dropped.logits, atol=1e-4, rtol=0)
+        # It is asked only at exits where somebody left, and never when nobody stays.
+        for index, rows, waiting in adaptive.times.asked:
+            assert rows == 24 and waiting == int((dropped.exit_index >= index).sum()) > 0
+            assert (dropped.exit_index == index - 1).any()
+
+
+def test_dropping_pays_only_when_it_saves_more_than_the_gather():
+    times = SegmentTimes(
+        sizes=np.array([1, 8, 16]),
+        segment=np.array([[1.0, 8.0, 16.0], [5.0, 5.0, 5.0], [1.0, 8.0, 16.0]]),
+        gather=np.array([[0.0, 0.0, 0.0], [0.1, 0.1, 0.1], [1.5, 1.5, 3.0]]),
+    )
+    assert not times.pays(1, 16, 2)  # the segment takes the same for any batch
+    assert times.pays(2, 16, 8)  # 8 saved for 1.5
+    assert not times.pays(2, 9, 8)  # 1 saved for 1.5
+    assert times.pays(2, 160, 150) is False and times.pays(2, 160, 100) is True  # in proportion beyond 16
+
+
+def test_measured_times_are_of_every_segment_and_size():
+    model, images = build("nested")
+    with CountedRows(model) as counted:
+        times = segment_times(model, images, repeats=2, warmup=1)
+    assert times.sizes.tolist() == [1, 6, 12, 18, 24]
+    assert times.segment.shape == times.gather.shape == (4, 5)
+    assert (times.segment > 0).all() and (times.gather[1:] > 0).all() and (times.gather[0] == 0).all()
+    assert counted.rows == [3 * (1 + 6 + 12 + 18 + 24)] * 4
+    adaptive = AdaptiveModel(model, ExitPolicy([0.5] * 4))
+    adaptive.measure(images, repeats=1)
+    assert adaptive.times.segment.shape == (4, 5)
+    with pytest.raises(ValueError, match="images"):
+        segment_times(model, images[:0])
+
+
+def test_dropping_keeps_every_leaf_in_its_memory_layout():
+    index = torch.tensor([3, 0])
+    channels_last = torch.randn(4, 6, 5, 7).to(memory_format=torch.channels_last)
+    tokens = torch.randn(4, 6, 35).transpose(1, 2)
+    state = {"map": channels_last, "list": [tokens, torch.randn(1, 3).expand(4, -1), torch.randn(4)]}
+    chosen = select_samples(state, index)
+    assert chosen["map"].is_contiguous(memory_format=torch.channels_last) and chosen["list"][0].mT.is_contiguous()
+    for mine, whole in zip(tree_leaves(chosen), tree_leaves(state), strict=True):
+        assert torch.equal(mine, whole[[3, 0]])
+
+
+def test_an_inference_copy_answers_alike_and_leaves_the_model_trainable(case):
+    model, images, logits, sure = case
+    early = mixes(sure)["half"]
+    before = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
+    fused = AdaptiveModel(model, ExitPolicy([*early, 0]), fuse=True)
+    out, plain = fused(images), AdaptiveModel(model, ExitPolicy([*early, 0]))(images)
+    assert torch.equal(out.exit_index, plain.exit_index)
+    torch.testing.assert_close(out.logits, plain.logits, atol=1e-4, rtol=0)
+    assert fused.model is not model
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name][0]) and value.stride() == before[name][1], name
+    model.train()(images)[0].sum().backward()
+    model.eval().zero_grad()
+    model.load_state_dict({name: value for name, (value, _) in before.items()})
+
+
+def test_mixed_precision_and_other_weights(case):
+    model, images, logits, sure = case
+    nobody = ExitPolicy([float("inf")] * len(sure))
+    half = AdaptiveModel(model, nobody, dtype=torch.bfloat16)(images)
+    assert half.logits.dtype == half.confidence.dtype == torch.float32
+    assert not torch.equal(half.logits, logits[-1])  # it did run in less
+    scale = logits[-1].abs().max()
+    torch.testing.assert_close(half.logits / scale, logits[-1] / scale, atol=0.1, rtol=0)
+    double = AdaptiveModel(copy.deepcopy(model).double(), nobody)(images)
+    assert double.logits.dtype == torch.float64 and double.confidence.dtype == torch.float32
+    torch.testing.assert_close(double.logits.float(), logits[-1], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="bfloat16 or torch.float16"):
+        AdaptiveModel(model, nobody, dtype=torch.int8)
+    with pytest.raises(ValueError, match="normalised to floating point"):
+        AdaptiveModel(model, nobody)(images.to(torch.uint8))
