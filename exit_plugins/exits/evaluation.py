@@ -21,6 +21,7 @@ __all__ = [
     "budgeted_curve",
     "calibration",
     "cka",
+    "check_same_confidence",
     "cka_matrix",
     "ensemble_curve",
     "evaluate_policy",
@@ -164,7 +165,7 @@ def evaluate_policy(
     ValueError if the table's confidences are not those the policy's thresholds are for.
     """
     _check_not_empty(table)
-    _check_same_confidence(policy, table)
+    check_same_confidence(policy, table)
     if costs is None:
         costs = policy.costs
     costs = None if costs is None else check_costs(costs, table.num_exits)
@@ -281,7 +282,7 @@ def _check_not_empty(table: ExitTable) -> None:
         raise ValueError("the table holds no samples; there is nothing to evaluate.")
 
 
-def _check_same_confidence(policy: ExitPolicy, table: ExitTable) -> None:
+def check_same_confidence(policy: ExitPolicy, table: ExitTable) -> None:
     if policy.measure != table.measure or not np.allclose(policy.temperatures, table.temperatures):
         raise ValueError(
             f"the policy's thresholds are for {policy.measure} at temperatures {policy.temperatures.tolist()}, the "

@@ -45,9 +45,11 @@ class ExitPolicy:
         model: what ``describe_model`` said of the model it was made for, or None for a policy made by hand.
         source: where it comes from: method, budget, samples, expected accuracy and cost.
         certificate: a guarantee from ``exits.risk``, or None.
+        max_exit: a hard cap: no sample goes beyond this exit (0-based), whatever its confidence, NaN included. None
+            for no cap. No sample ever costs more than ``costs[max_exit]``.
 
     JSON (``format`` "exit_plugins.policy", ``version`` 1): these fields under their names; infinite thresholds are
-    the strings "inf" and "-inf".
+    the strings "inf" and "-inf". docs/policy.md describes every field.
     """
 
     thresholds: np.ndarray
@@ -57,6 +59,7 @@ class ExitPolicy:
     model: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] | None = None
+    max_exit: int | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -67,18 +70,27 @@ class ExitPolicy:
             raise ValueError(f"thresholds must not be NaN, got {thresholds.tolist()}; use inf to close an exit.")
         # The last exit answers whatever its confidence: any number written there by hand means the same.
         thresholds[-1] = -math.inf
+        if self.max_exit is not None:
+            if type(self.max_exit) is not int or not 0 <= self.max_exit < len(thresholds):
+                raise ValueError(f"max_exit must be an exit index below {len(thresholds)}, got {self.max_exit!r}.")
+            thresholds[self.max_exit :] = -math.inf
         set_(self, "thresholds", thresholds)
         if self.measure not in CONFIDENCES:
             raise ValueError(f"unknown confidence {self.measure!r}; choose one of {', '.join(CONFIDENCES)}.")
         temperatures = np.ones(self.num_exits) if self.temperatures is None else np.array(self.temperatures, float)
-        if temperatures.shape != thresholds.shape or not (temperatures > 0).all():
+        if temperatures.shape != thresholds.shape or not ((temperatures > 0) & np.isfinite(temperatures)).all():
             raise ValueError(f"temperatures must be {self.num_exits} positive numbers, got {temperatures.tolist()}.")
         set_(self, "temperatures", temperatures)
         if self.costs is not None:
             costs = np.array(self.costs, float)
             if costs.shape != thresholds.shape:
                 raise ValueError(f"costs for {costs.size} exits do not fit {self.num_exits} thresholds.")
+            if not np.isfinite(costs).all() or (costs <= 0).any() or (np.diff(costs) < 0).any():
+                raise ValueError(f"costs are cumulative, positive and never falling; got {costs.tolist()}.")
             set_(self, "costs", costs)
+        for name in ("model", "certificate", "source"):
+            if not isinstance(getattr(self, name), dict) and (name == "source" or getattr(self, name) is not None):
+                raise TypeError(f"{name} must be a mapping, got {type(getattr(self, name)).__name__}.")
         num_exits = (self.model or {}).get("num_exits", self.num_exits)
         if num_exits != self.num_exits:
             raise ValueError(f"{self.num_exits} thresholds do not fit a model with {num_exits} exits.")
@@ -87,13 +99,18 @@ class ExitPolicy:
     def num_exits(self) -> int:
         return len(self.thresholds)
 
+    @property
+    def last_exit(self) -> int:
+        """Index of the exit where whoever is still there leaves: ``max_exit``, or the model's last."""
+        return self.num_exits - 1 if self.max_exit is None else self.max_exit
+
     def choose(self, confidence: np.ndarray) -> np.ndarray:
         """Exit index (N,) each sample leaves at, from confidences (K, N); NaN never leaves early."""
         confidence = np.asarray(confidence, dtype=np.float32)
         if confidence.ndim != 2 or confidence.shape[0] != self.num_exits:
             raise ValueError(f"a policy of {self.num_exits} exits cannot read confidences of shape {confidence.shape}.")
         leaves = confidence >= self.thresholds[:, None]
-        leaves[-1] = True
+        leaves[self.last_exit] = True
         return leaves.argmax(0)
 
     def check_model(self, model: nn.Module) -> None:
@@ -123,6 +140,7 @@ class ExitPolicy:
             "model": self.model,
             "source": self.source,
             "certificate": self.certificate,
+            "max_exit": self.max_exit,
         }
         with atomic_write(path) as file:
             file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")

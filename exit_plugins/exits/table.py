@@ -1,14 +1,22 @@
 """What every exit said of every sample: the compact record from which thresholds, curves and certificates are made."""
 
+import hashlib
+import io
+import json
 import os
+import struct
 import zipfile
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from ._files import atomic_write
@@ -86,6 +94,13 @@ class ExitTable:
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def digest(self) -> str:
+        """SHA-256 of confidences, predictions and targets: which samples these are, whatever file they came in."""
+        hasher = hashlib.sha256(repr(self.confidence.shape).encode())
+        for array in (self.confidence, self.prediction, self.target):
+            hasher.update(array.tobytes())
+        return hasher.hexdigest()
 
     def subset(self, index: np.ndarray) -> "ExitTable":
         """The table of the samples in ``index`` (integers or a boolean mask over N)."""
@@ -179,7 +194,11 @@ class ExitTable:
             raise ValueError(f"{path} is not a readable exit table ({error}); collect it again.") from error
 
 
-@torch.inference_mode()
+# ---------------------------------------------------------------------------------------------------------------------
+# Collecting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def collect_exits(
     model: nn.Module,
     loader: Iterable,
@@ -188,23 +207,31 @@ def collect_exits(
     temperatures: Iterable[float] | None = None,
     keep_logits: bool = False,
     progress: bool | None = None,
+    part_file: str | os.PathLike | None = None,
 ) -> ExitTable:
     """Run every exit over a labelled loader and record what each says.
 
+    In several processes (torchrun, ``accelerate launch``; the default process group must be initialised) every process
+    calls it with the same loader, not sharded yet: process r takes batches r, r + world, ... Batches are those of a
+    single process, so the numbers are too, and every process gets the whole table.
+
     Args:
         model: a multi-exit module; it is put in evaluation mode for the run and back afterwards.
-        loader: yields (images (B, C, H, W), target (B,)) batches.
+        loader: yields (images (B, C, H, W), target (B,)) batches. Of a ``DataLoader`` only the batches needed are read.
         device: where to run; default where the model is. The model is moved there.
         measure: confidence measure, see ``exits.confidence``.
         temperatures: (K,) to divide the logits by.
         keep_logits: store the logits too (K * N * C float32).
         progress: show a bar on stderr; default only on a terminal.
+        part_file: batches are appended here as they are done, and a run that was interrupted goes on from there. It is
+            removed when the table is complete. In several processes each has its own, with the rank in its name.
 
     Returns:
         ExitTable over all N samples in the loader's order.
 
     Raises:
-        ValueError: the loader is empty or its batches do not hold images and class indices.
+        ValueError: the loader is empty, is sharded already, or its batches do not hold images and class indices; or
+            the part file is of another model, loader or setting.
     """
     check_multi_exit(model)
     if measure not in CONFIDENCES:
@@ -213,33 +240,67 @@ def collect_exits(
     if len(temperatures) != model.num_exits:
         raise ValueError(f"{len(temperatures)} temperatures do not fit {model.num_exits} exits.")
     device = torch.device(device) if device is not None else exit_device(model)
+    rank, world = _process()
+    _check_not_sharded(loader, world)
+    part = None
+    if part_file is not None:
+        if isinstance(getattr(loader, "sampler", None), RandomSampler):
+            raise ValueError("a shuffled loader cannot be resumed; use shuffle=False with part_file.")
+        path = Path(part_file) if world == 1 else Path(f"{part_file}.rank{rank}of{world}")
+        part = _PartFile(path, _fingerprint(model, loader, measure, temperatures, keep_logits))
+    records = part.records if part is not None else []
     training = model.training
     model.to(device).eval()
-    confidences, predictions, targets, kept = [], [], [], []
-    bar = tqdm(loader, desc="exits", unit="batch", disable=None if progress is None else not progress)
+    total = len(loader) if hasattr(loader, "__len__") else None
+    mine = None if total is None else len(range(rank, total, world))
+    bar = tqdm(
+        desc="exits",
+        unit="batch",
+        total=mine,
+        initial=len(records),
+        disable=True if rank else (None if progress is None else not progress),
+    )
     try:
-        for batch in bar:
-            images, target = _images_and_target(batch)
-            outputs = model.forward_exits(images.to(device, non_blocking=True))
-            confidences.append(
-                torch.stack([confidence(z, measure, t).float() for z, t in zip(outputs, temperatures, strict=True)])
-            )
-            predictions.append(torch.stack([z.argmax(-1) for z in outputs]))
-            targets.append(target.cpu())
-            if keep_logits:
-                kept.append(torch.stack([z.float() for z in outputs]).cpu())
+        with torch.inference_mode():
+            for batch in _own_batches(loader, rank, world, skip=len(records)):
+                records.append(_ask(model, batch, device, measure, temperatures, keep_logits))
+                if part is not None:
+                    part.append(records[-1])
+                bar.update()
     finally:
         bar.close()
         model.train(training)
-    if not targets:
+        if part is not None:
+            part.close()
+    records = _gather(records, rank, world)
+    if not records:
         raise ValueError("the loader yielded no batch; an exit table needs at least one sample.")
-    return ExitTable(
-        torch.cat([c.cpu() for c in confidences], 1),
-        torch.cat([p.cpu() for p in predictions], 1),
-        torch.cat(targets),
-        torch.cat(kept, 1) if keep_logits else None,
+    confidences, predictions, targets, logits = zip(*records, strict=True)
+    table = ExitTable(
+        np.concatenate(confidences, 1),
+        np.concatenate(predictions, 1),
+        np.concatenate(targets),
+        np.concatenate(logits, 1) if keep_logits else None,
         measure,
         temperatures,
+    )
+    if part is not None:
+        part.path.unlink(missing_ok=True)
+    return table
+
+
+_Record = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]  # confidence, prediction, target, logits
+
+
+def _ask(model, batch, device, measure, temperatures, keep_logits) -> _Record:
+    images, target = _images_and_target(batch)
+    outputs = model.forward_exits(images.to(device, non_blocking=True))
+    sure = torch.stack([confidence(z, measure, t).float() for z, t in zip(outputs, temperatures, strict=True)])
+    return (
+        sure.cpu().numpy(),
+        torch.stack([z.argmax(-1) for z in outputs]).cpu().numpy(),
+        target.cpu().numpy(),
+        torch.stack([z.float() for z in outputs]).cpu().numpy() if keep_logits else None,
     )
 
 
@@ -252,3 +313,147 @@ def _images_and_target(batch) -> tuple[Tensor, Tensor]:
     if len(images) != len(target):
         raise ValueError(f"a batch holds {len(images)} images and {len(target)} targets.")
     return images, target
+
+
+# Several processes
+
+
+def _process() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _check_not_sharded(loader: Iterable, world: int) -> None:
+    inner = getattr(loader, "loader", loader)  # timm's PrefetchLoader keeps the DataLoader there
+    sampler = getattr(inner, "sampler", None)
+    replicas = getattr(sampler, "num_replicas", 1)
+    if type(inner).__module__.startswith("accelerate") and world > 1:
+        replicas = world
+    if replicas and replicas > 1:
+        raise ValueError(
+            "this loader is sharded already (a distributed sampler, or prepared by accelerate), which drops or repeats "
+            "samples; pass the loader a single process would use: collect_exits shares out its batches itself."
+        )
+
+
+def _own_batches(loader: Iterable, rank: int, world: int, skip: int) -> Iterator:
+    """This process's batches, from the ``skip``-th on."""
+    if type(loader) is DataLoader and loader.batch_sampler is not None:
+        indices = list(loader.batch_sampler)
+        if world > 1:
+            # A shuffled loader draws another order in every process: the first one's counts.
+            shared = [indices]
+            dist.broadcast_object_list(shared, src=0)
+            indices = shared[0]
+        yield from DataLoader(
+            loader.dataset,
+            batch_sampler=indices[rank::world][skip:],
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            prefetch_factor=loader.prefetch_factor,
+        )
+        return
+    yield from islice(loader, rank + skip * world, None, world)
+
+
+def _gather(records: list[_Record], rank: int, world: int) -> list[_Record]:
+    if world == 1:
+        return records
+    everyone: list[list[_Record]] = [[] for _ in range(world)]
+    dist.all_gather_object(everyone, records)
+    merged = [record for turn in zip_longest(*everyone) for record in turn if record is not None]
+    return merged
+
+
+# The part file
+
+
+def _fingerprint(model, loader, measure, temperatures, keep_logits) -> dict:
+    """What must be the same for the batches in a part file to belong to this run."""
+    hasher = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        # Sums rather than bytes: quick on any device, and another checkpoint has other sums.
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
+    return {
+        "format": "exit_plugins.part/1",
+        "model": hasher.hexdigest(),
+        "batches": len(loader) if hasattr(loader, "__len__") else None,
+        "batch_size": getattr(loader, "batch_size", None),
+        "measure": measure,
+        "temperatures": list(temperatures),
+        "keep_logits": keep_logits,
+    }
+
+
+class _PartFile:
+    """Records appended one by one, each behind its length and checksum; a torn last one is cut off on opening."""
+
+    def __init__(self, path: Path, header: dict) -> None:
+        self.path = path
+        self.records: list[_Record] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self.file = path.open("r+b")
+        try:
+            first = self._read()
+            if first is not None:
+                self._check(first, header)
+                while (payload := self._read()) is not None:
+                    self.records.append(_unpack(payload))
+        except BaseException:
+            self.file.close()
+            raise
+        self.file.truncate()
+        if first is None:
+            self._write(json.dumps(header).encode())
+
+    def _check(self, payload: bytes, header: dict) -> None:
+        try:
+            found = json.loads(payload)
+        except ValueError:
+            found = {}
+        different = [key for key in header if found.get(key) != header[key]]
+        if different:
+            raise ValueError(
+                f"the part file {self.path} is of another run (its {', '.join(different)} differs); delete it to start "
+                "afresh, or name another."
+            )
+
+    def _read(self) -> bytes | None:
+        """The next whole record, or None, standing where it would begin."""
+        start = self.file.tell()
+        head = self.file.read(12)
+        if len(head) == 12:
+            length, checksum = struct.unpack("<QI", head)
+            payload = self.file.read(length)
+            if len(payload) == length and zlib.crc32(payload) == checksum:
+                return payload
+        if start == 0 and head:
+            raise ValueError(f"{self.path} is not a part file of collect_exits; delete it or name another.")
+        self.file.seek(start)
+        return None
+
+    def _write(self, payload: bytes) -> None:
+        self.file.write(struct.pack("<QI", len(payload), zlib.crc32(payload)) + payload)
+        self.file.flush()
+
+    def append(self, record: _Record) -> None:
+        buffer = io.BytesIO()
+        for array in record:
+            if array is not None:
+                np.save(buffer, array, allow_pickle=False)
+        self._write(buffer.getvalue())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _unpack(payload: bytes) -> _Record:
+    buffer, arrays = io.BytesIO(payload), []
+    while buffer.tell() < len(payload):
+        arrays.append(np.load(buffer, allow_pickle=False))
+    return (*arrays, None) if len(arrays) == 3 else tuple(arrays)

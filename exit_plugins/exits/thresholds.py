@@ -650,6 +650,7 @@ def solve_thresholds(
         "method": method,
         "target": {"budget": float(budget)} if accuracy is None else {"accuracy": float(accuracy)},
         "samples": split.num_samples,
+        "sha256": table.digest(),
         "accuracy": best.correct / split.num_samples,
         "cost": best.cost,
         "shares": [float(share) for share in _shares(split, best.thresholds)],
@@ -755,7 +756,7 @@ def policy_path(
         solved = solve_thresholds(table, costs, budget=float(budget), method=method, **options)
         path.append(_spend(split, np.maximum(path[-1], solved.thresholds), float(budget)))
     path.append(split.nobody_early())
-    policies = []
+    policies, digest = [], table.digest()
     for step, thresholds in enumerate(path):
         point = split.point(thresholds)
         policies.append(
@@ -769,8 +770,10 @@ def policy_path(
                     "method": method,
                     "path": {"step": step, "of": steps},
                     "samples": split.num_samples,
+                    "sha256": digest,
                     "accuracy": point.correct / split.num_samples,
                     "cost": point.cost,
+                    "shares": [float(share) for share in _shares(split, thresholds)],
                 },
             )
         )

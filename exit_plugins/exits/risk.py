@@ -1,0 +1,202 @@
+"""Certificates: how much an early exit may differ from the last one, guaranteed from a finite calibration split.
+
+A path of policies runs from cheap to full (``exits.thresholds.policy_path``). On samples apart from those the path was
+solved on, the cheapest policy is taken whose risk is certified to be at most epsilon:
+
+* ``crc``: conformal risk control (Angelopoulos et al. 2022, eq. 4): the expected loss is at most epsilon.
+* ``ucb``: the upper confidence bound of Waudby-Smith and Ramdas (Bates et al. 2021, proposition 5): with probability
+  1 - delta over the calibration split, the risk is at most epsilon.
+* ``ltt``: Learn then Test (Angelopoulos et al. 2021), fixed-sequence testing from the full end: the same promise.
+
+All assume that calibration samples and later samples are exchangeable: under drift a certificate says nothing.
+"Fast yet Safe" (Jazbec et al. 2024) applies them to early exits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .evaluation import check_same_confidence
+from .policy import ExitPolicy
+from .table import ExitTable
+
+__all__ = ["LOSSES", "RISK_METHODS", "certified_step", "certify", "path_losses", "wsr_bound"]
+
+
+def _disagreement(table: ExitTable, exits: np.ndarray) -> np.ndarray:
+    return (table.prediction[exits, np.arange(table.num_samples)] != table.prediction[-1]).astype(np.float64)
+
+
+def _gap(table: ExitTable, exits: np.ndarray) -> np.ndarray:
+    return table.correct[-1].astype(np.float64) - table.correct[exits, np.arange(table.num_samples)]
+
+
+# Name -> (loss per sample, its least and its greatest value).
+LOSSES = {"disagreement": (_disagreement, 0.0, 1.0), "gap": (_gap, -1.0, 1.0)}
+
+
+def path_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str = "disagreement") -> np.ndarray:
+    """Loss (S, N) of each sample under each policy of the path.
+
+    ``disagreement``: 1 where the answer is not the last exit's (needs no labels). ``gap``: the last exit's correctness
+    minus the answer's, so that the mean is the accuracy lost; from -1 to 1.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}.")
+    if len(path) == 0:
+        raise ValueError("a path needs at least one policy.")
+    for policy in path:
+        check_same_confidence(policy, table)
+    return np.stack([LOSSES[loss][0](table, policy.choose(table.confidence)) for policy in path])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which steps are safe: from losses (S, N) ordered from cheap to full
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _log_wealth(losses: np.ndarray, risk: float, delta: float) -> np.ndarray:
+    """Log of the highest wealth (S,) of a gambler who bets that the mean of ``losses`` (S, N) in [0, 1] is below risk.
+
+    A wealth above 1/delta happens with probability at most delta when the mean is ``risk`` or more (Ville), so the
+    inverse of the highest wealth is a p-value. The bets are those of Bates et al. 2021, proposition 5.
+    """
+    n = losses.shape[-1]
+    steps = np.arange(1, n + 1)
+    mean = (0.5 + np.cumsum(losses, -1)) / (1 + steps)
+    variance = (0.25 + np.cumsum((losses - mean) ** 2, -1)) / (1 + steps)
+    earlier = np.concatenate([np.full((*losses.shape[:-1], 1), 0.25), variance[..., :-1]], -1)
+    bet = np.minimum(1.0, np.sqrt(2 * np.log(1 / delta) / (n * earlier)))
+    with np.errstate(divide="ignore"):
+        # The factor is never below zero: losses, bets and the risk lie in [0, 1].
+        growth = np.log(np.maximum(1 - bet * (losses - risk), 0.0))
+    return np.cumsum(growth, -1).max(-1)
+
+
+def wsr_bound(losses: np.ndarray, delta: float = 0.1) -> float:
+    """Upper confidence bound, at level 1 - delta, of the mean of i.i.d. losses (N,) in [0, 1], taken in their order."""
+    losses = np.asarray(losses, dtype=np.float64)
+    if losses.ndim != 1 or losses.size == 0 or losses.min() < 0 or losses.max() > 1:
+        raise ValueError("expected a non-empty list of losses in [0, 1].")
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if _log_wealth(losses[None], middle, delta)[0] > np.log(1 / delta):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _safe_crc(losses: np.ndarray, low: float, high: float, epsilon: float, delta: float) -> np.ndarray:
+    # Per sample the worst loss from here to the full end: monotone along the path, as the theorem asks.
+    worst = np.maximum.accumulate(losses[::-1], 0)[::-1]
+    n = losses.shape[1]
+    return worst.mean(1) <= ((n + 1) * epsilon - high) / n
+
+
+def _safe_ucb(losses: np.ndarray, low: float, high: float, epsilon: float, delta: float) -> np.ndarray:
+    # The bound is below epsilon exactly where the bet against epsilon succeeded.
+    return _log_wealth((losses - low) / (high - low), (epsilon - low) / (high - low), delta) > np.log(1 / delta)
+
+
+def _safe_ltt(losses: np.ndarray, low: float, high: float, epsilon: float, delta: float) -> np.ndarray:
+    if (low, high) != (0.0, 1.0):
+        # A signed loss is no count: the p-value is the betting one, which adapts to its small variance.
+        return _safe_ucb(losses, low, high, epsilon, delta)
+    from scipy.stats import binom
+
+    return binom.cdf(losses.sum(1), losses.shape[1], epsilon) <= delta
+
+
+RISK_METHODS = {"crc": _safe_crc, "ucb": _safe_ucb, "ltt": _safe_ltt}
+
+
+def certified_step(
+    losses: np.ndarray,
+    epsilon: float,
+    delta: float = 0.1,
+    method: str = "ucb",
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> int:
+    """The cheapest step of a path such that it and every fuller one is certified.
+
+    Going from the full end and stopping at the first failure is what lets each step be tested at the whole delta:
+    to end at a risk above epsilon, the first such step on the way must have passed, which happens with probability
+    at most delta, whether or not the risk is monotone.
+
+    Args:
+        losses: (S, N) from cheap to full, each within ``bounds``; the last step's are taken to be zero.
+        epsilon: the risk allowed. delta: probability of exceeding it (``ucb``, ``ltt``).
+
+    Returns:
+        0-based step; S - 1, the full policy, when nothing cheaper can be certified.
+    """
+    if method not in RISK_METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(RISK_METHODS)}.")
+    if not 0 < epsilon < 1 or not 0 < delta < 1:
+        raise ValueError(f"epsilon and delta lie strictly between 0 and 1, got {epsilon} and {delta}.")
+    if losses.ndim != 2 or losses.shape[1] == 0:
+        raise ValueError(f"expected losses (steps, samples) of at least one sample, got shape {losses.shape}.")
+    safe = RISK_METHODS[method](losses, *bounds, epsilon, delta)
+    safe[-1] = True
+    unsafe = np.flatnonzero(~safe)
+    return int(unsafe[-1]) + 1 if len(unsafe) else 0
+
+
+def certify(
+    path: Sequence[ExitPolicy],
+    table: ExitTable,
+    epsilon: float,
+    delta: float = 0.1,
+    method: str = "ucb",
+    loss: str = "disagreement",
+    seed: int = 0,
+) -> ExitPolicy:
+    """The cheapest policy of ``path`` whose risk is certified on ``table``, with the certificate in it.
+
+    Args:
+        path: from ``exits.thresholds.policy_path``, solved on other samples; its last policy lets nobody leave early.
+        table: calibration samples apart from those, exchangeable with what the policy will see. Labels are needed by
+            ``loss="gap"`` alone.
+        epsilon: risk allowed, e.g. 0.02 for 2 % of the answers differing from the last exit's.
+        delta: probability that the certificate is wrong (``ucb``, ``ltt``); ``crc`` bounds the expectation and has
+            none.
+        method: ``crc``, ``ucb`` or ``ltt``.
+        loss: ``disagreement`` with the last exit, or accuracy ``gap`` to it.
+        seed: of the order in which ``ucb`` takes the samples.
+
+    Returns:
+        ExitPolicy whose ``certificate`` records method, loss, epsilon, delta, the split's size and SHA-256, the step of
+        the path, and the risk on the split with its upper bound (``ucb``).
+
+    Raises:
+        ValueError: the path's last policy lets samples leave early, or ``table`` is the split the path was solved on.
+    """
+    if len(path) and (path[-1].thresholds[:-1] != np.inf).any():
+        raise ValueError("the path must end with the policy under which nobody leaves early; use policy_path(...).")
+    if table.num_samples == 0:
+        raise ValueError("the table holds no samples; nothing can be certified on it.")
+    digest = table.digest()
+    if any(policy.source.get("sha256") == digest for policy in path):
+        raise ValueError("the path was solved on these very samples; certify on a split apart, see ExitTable.split.")
+    order = np.random.default_rng(seed).permutation(table.num_samples)
+    losses = path_losses(path, table, loss)[:, order]
+    low, high = LOSSES[loss][1:]
+    step = certified_step(losses, epsilon, delta, method, (low, high))
+    certificate = {
+        "method": method,
+        "loss": loss,
+        "epsilon": float(epsilon),
+        "delta": None if method == "crc" else float(delta),
+        "samples": table.num_samples,
+        "sha256": digest,
+        "step": step,
+        "steps": len(path),
+        "risk": float(losses[step].mean()),
+        "bound": low + (high - low) * wsr_bound((losses[step] - low) / (high - low), delta)
+        if method == "ucb"
+        else None,
+    }
+    return replace(path[step], certificate=certificate)
