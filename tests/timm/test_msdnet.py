@@ -104,6 +104,41 @@ def test_bias_of_the_public_imagenet_stem_is_absorbed():
     torch.testing.assert_close(model.stem.finest[0](x), norm.eval()(conv(x)).relu())
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_public_keys_without_bottlenecks(blocks):
+    units = {
+        "blocks.0.0.layers.0.net": "stem.finest.0",
+        "blocks.0.0.layers.1.net": "stem.coarser.0",
+        "blocks.0.1.layers.0.conv_normal.net": "layers.0.scales.0.normal.conv",
+        "blocks.0.1.layers.1.conv_down.net": "layers.0.scales.1.down.conv",
+        "blocks.0.1.layers.1.conv_normal.net": "layers.0.scales.1.normal.conv",
+        "classifier.0.m.0.net": "heads.0.convs.0",
+        "classifier.0.m.1.net": "heads.0.convs.1",
+    }
+    if blocks == 2:
+        units |= {
+            "blocks.1.0.layers.0.conv_down.net": "layers.1.scales.1.down.conv",
+            "blocks.1.0.layers.0.conv_normal.net": "layers.1.scales.1.normal.conv",
+            "blocks.1.1.m.0.net": "layers.1.scales.1.transition",
+            "classifier.1.m.0.net": "heads.1.convs.0",
+            "classifier.1.m.1.net": "heads.1.convs.1",
+        }
+    names = {f"{public}.0.weight": f"{ours}.conv.weight" for public, ours in units.items()}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        names |= {f"{public}.1.{name}": f"{ours}.bn.{name}" for public, ours in units.items()}
+    for exit_index in range(blocks):
+        for name in ("weight", "bias"):
+            names[f"classifier.{exit_index}.linear.{name}"] = f"heads.{exit_index}.classifier.fc.{name}"
+    config = dict(blocks=blocks, base=1, step=1, width=8, growth=4, growth_factors=(1, 2), bottleneck=False)
+    model = MSDNet(**SMALL, **config)
+    renamed = checkpoint_filter_fn({key: torch.tensor(i) for i, key in enumerate(names)}, model)
+    if blocks == 1:
+        # Nothing reads the finest scale behind the last layer: this package leaves out what is there for nothing.
+        names = {key: ours for key, ours in names.items() if not ours.startswith("layers.0.scales.0")}
+    assert set(renamed) == set(names.values())
+    assert set(renamed) == {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+
+
 def test_other_class_count_keeps_the_rest_of_a_public_checkpoint(public_state, tmp_path):
     file = tmp_path / "checkpoint.pth"
     torch.save(public_state, file)
