@@ -1,6 +1,8 @@
-"""Unpack the source distributions of the installed hosts, which carry their own test files: ``fetch.py [.hosts]``.
+"""Bring the test files of the installed hosts: ``fetch.py [.hosts]``.
 
-The folder then holds ``timm-VERSION/`` and ``peft-VERSION/``; what is there already is left alone.
+The folder then holds ``timm-VERSION/`` and ``peft-VERSION/``, source distributions, which carry them, and, where its
+repository can be reached, ``mmdet/``, whose distributions carry none. What is there already is left alone.
+``MMDET_REPOSITORY`` names another place to clone that from, a mirror or a folder.
 """
 
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 HOSTS = ("timm", "peft")
 FOLDER = Path(__file__).resolve().parents[2] / ".hosts"
 COMMAND = "python tests/hosts/fetch.py .hosts"
+MMDET_REPOSITORY = "https://github.com/VBTI-development/onedl-mmdetection"
 
 
 def unpacked(host: str, folder: Path = FOLDER) -> Path:
@@ -41,10 +44,32 @@ def fetch(host: str, folder: Path = FOLDER) -> Path:
     return target
 
 
+def fetch_mmdet(folder: Path = FOLDER) -> Path | None:
+    """Clone MMDetection's tests unless they are there; None, and a word why, where its repository cannot be had."""
+    target = folder / "mmdet"
+    if target.is_dir():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    repository = os.environ.get("MMDET_REPOSITORY", MMDET_REPOSITORY)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".mmdet-") as temporary:
+        clone = ("git", "clone", "--quiet", "--depth", "1", "--sparse", repository, f"{temporary}/mmdet")
+        select = ("git", "-C", f"{temporary}/mmdet", "sparse-checkout", "set", "tests")
+        try:
+            for command in (clone, select):
+                subprocess.run(command, check=True, timeout=300, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"MMDetection's tests are not fetched ({error}); MMDET_REPOSITORY may name a copy of {repository}.")
+            return None
+        os.replace(f"{temporary}/mmdet", target)
+    return target
+
+
 def main(argv: list[str]) -> int:
     folder = Path(argv[0]) if argv else FOLDER
     for host in HOSTS:
         print(fetch(host, folder))
+    if path := fetch_mmdet(folder):
+        print(path)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Run the hosts' own test files over this package's models: ``run.py [--all] [--host timm ...] [suite's options]``.
 
-Every ``<host>_suite.py`` in this folder is one suite, a module with ``main(argv) -> int``, 0 if all is well.
+Every ``<host>_suite.py`` in this folder is one suite, a module with ``main(argv) -> int | None``: 0 if all is well,
+None if the host's test files could not be had.
 It gets ``--all`` when every model is asked for, the small ones being the default, and the options not known here.
 """
 
@@ -23,8 +24,9 @@ def main(argv: list[str]) -> int:
     for host in known.host or suites:
         print(f"== {host}", flush=True)
         results[host] = importlib.import_module(suites[host]).main([*(["--all"] if known.all else []), *rest])
+    words = {0: "passed", None: "NOT RUN, its test files are not there"}
     for host, status in results.items():
-        print(f"{host}: {'passed' if status == 0 else f'FAILED (status {status})'}")
+        print(f"{host}: {words.get(status, f'FAILED (status {status})')}")
     return 1 if any(results.values()) else 0
 
 
