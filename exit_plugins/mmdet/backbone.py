@@ -305,8 +305,9 @@ def _read_weights(source: str) -> dict[str, Tensor]:
         name = source.removeprefix("timm://")
         if not timm.is_model_pretrained(name):
             raise ValueError(
-                f"no weights are published under the timm name {name!r}. Name a file of yours, init_cfg.checkpoint=PATH, "
-                "or train from random weights: init_cfg=None, frozen_stages=-1, norm_eval=False."
+                f"no weights are published under the timm name {name!r}. Name a file of yours, "
+                "init_cfg.checkpoint=PATH, or train from random weights: init_cfg=None, frozen_stages=-1, "
+                "norm_eval=False."
             )
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     if source.startswith(("http://", "https://")):
