@@ -8,7 +8,7 @@ weights compute, so that these load.
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -980,7 +980,7 @@ def _as_array(values: Any) -> np.ndarray | None:
 
 def _create_dvt(variant: str, pretrained: bool, cfg: DVTCfg, **kwargs: Any) -> DVT:
     out_indices = kwargs.pop("out_indices", 3)
-    with _allow_numpy_data():
+    with _allow_numpy_data() if pretrained else nullcontext():
         return build_with_checkpoint(
             DVT,
             variant,
