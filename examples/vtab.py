@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from exit_plugins import (
     BottleneckConfig,
     DynConfig,
+    MultiExit,
     RepAdapterConfig,
     collect_exits,
     exit_costs,
@@ -240,7 +241,7 @@ def train(model: nn.Module, data: Dataset, args: argparse.Namespace) -> None:
     model.eval()
 
 
-class SingleExit(nn.Module):
+class SingleExit(MultiExit, nn.Module):
     """A plain classifier as a model of one exit, so that everything is measured in the same way."""
 
     num_exits = 1

@@ -80,6 +80,13 @@ def test_runner_on_lists(lists, vtab, tmp_path, capsys, monkeypatch):
     assert vtab.main(arguments)["results"]["cifar"] == found and len(seen) == 3  # done before, not run again
 
 
+def test_runner_without_exits(lists, vtab, tmp_path):
+    arguments = ["--root", str(lists), "--datasets", "cifar", "--method", "bottleneck", "--plain", "--epochs", "2"]
+    arguments += ["--workers", "0", *MODEL, *SMALL, "--device", "cpu", "--output", str(tmp_path)]
+    found = vtab.main(arguments)["results"]["cifar"]
+    assert len(found["exit_accuracy"]) == len(found["macs"]) == 1 and not found["points"]
+
+
 def test_both_averages(vtab):
     names = [name for group in vtab.VTAB.values() for name in group]
     scores = dict(zip(names, np.linspace(0.3, 0.9, 19), strict=True))
