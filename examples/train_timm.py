@@ -17,8 +17,7 @@ from pathlib import Path
 import timm
 import torch
 import yaml
-from timm.data import FastCollateMixup, create_loader
-from timm.data.model_config import resolve_input_data_config
+from timm.data import FastCollateMixup, create_loader, resolve_input_data_config
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2

@@ -1,7 +1,17 @@
 """The timm wing. Importing it registers every architecture: each module here that is not shared machinery is one."""
 
+import re
 from importlib import import_module
 from pkgutil import iter_modules
+
+import timm
+
+if [int(part) for part in re.findall(r"\d+", timm.__version__)[:3]] < [1, 0, 31]:
+    raise ImportError(
+        f"exit_plugins needs timm 1.0.31 or newer and found {timm.__version__} in {timm.__path__[0]}. If that is a "
+        "checkout of timm, which hides the installed one where it is the current folder or the script's: run from "
+        'another folder, or by `python -m exit_plugins.timm.train`; else pip install "timm>=1.0.31,<1.1".'
+    )
 
 from ._cards import model_card, save_for_hf
 

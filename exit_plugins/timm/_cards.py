@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data.model_config import resolve_input_data_config
+from timm.data import resolve_input_data_config
 from timm.models._hub import generate_readme
 from torch import nn
 

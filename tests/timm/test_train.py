@@ -4,6 +4,7 @@ a small script of the same shape everywhere."""
 import csv
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -423,7 +424,8 @@ def test_train_py_in_two_processes(data, tmp_path):
 
 @needs_scripts
 def test_train_py_through_the_second_door(data, tmp_path):
-    script = SCRIPTS / "train.py"
+    # Beside a checkout's timm/ it would import that one instead of the installed timm.
+    script = shutil.copy(SCRIPTS / "train.py", tmp_path / "train.py")
     done = run(script, *options(data, tmp_path), "--device-modules", "exit_plugins.timm.train")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "eval_top1_exit1" in summary(tmp_path / "run") and "Acc@1 of every exit" in done.stderr + done.stdout
