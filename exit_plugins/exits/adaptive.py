@@ -60,14 +60,23 @@ class AdaptiveModel(nn.Module):
     ) -> None:
         super().__init__()
         check_multi_exit(model)
-        policy.check_model(model)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"mixed precision runs in torch.bfloat16 or torch.float16, got {dtype}.")
         self.model = _inference_copy(model) if fuse else model.eval()
         self.runner = CompiledSegments(self.model) if compile else self.model
-        self.policy = policy
+        self.policy = policy  # the property: checked against the model
         self.dtype = None if dtype is torch.float32 else dtype
         self.times: SegmentTimes | None = None
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """The policy in use; another may be set at any time and holds from the next batch on."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy) -> None:
+        policy.check_model(self.model)
+        self._policy = policy
         self._thresholds = [float(t) for t in policy.thresholds]
         self._temperatures = [float(t) for t in policy.temperatures]
 
@@ -109,7 +118,7 @@ class AdaptiveModel(nn.Module):
         waiting = torch.ones(batch, dtype=torch.bool, device=device)
         count = batch
         state = self.runner.begin_exits(images)
-        last = self.policy.num_exits - 1
+        last = self.policy.last_exit
         for index, (threshold, temperature) in enumerate(zip(self._thresholds, self._temperatures, strict=True)):
             logits, state = self.runner.forward_exit(index, state)
             sure = confidence(logits, self.policy.measure, temperature).float()
