@@ -18,6 +18,7 @@ from exit_plugins import (
     exit_costs,
     get_dyn_peft_model,
 )
+from exit_plugins.exits.evaluation import cka
 from exit_plugins.exits.protocol import select_samples
 from exit_plugins.peft.multi_exit import EarlyHead, find_family
 
@@ -152,6 +153,39 @@ def test_adaptive_inference_on_the_adapted_and_on_the_merged_model(images):
         torch.testing.assert_close(out.logits, exits[expected, torch.arange(3)], atol=tolerance, rtol=1e-4)
     costs = exit_costs(dyn, (3, 32, 32))
     assert (costs.macs[1:] > costs.macs[:-1]).all()
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit", "swin"])
+def test_merged_segments_can_be_exported(name, images):
+    class Segment(nn.Module):
+        def __init__(self, model, index):
+            super().__init__()
+            self.model, self.index = model, index
+
+        def forward(self, state):
+            return self.model.forward_exit(self.index, state)
+
+    merged = dynamic(name).merge_and_unload().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        expected, state = merged.forward_exits(images), merged.begin_exits(images)
+        for index in range(merged.num_exits):
+            program = torch.export.export(Segment(merged, index), (state,), dynamic_shapes=({0: batch},))
+            logits, state = program.module()(state)
+            torch.testing.assert_close(logits, expected[index], atol=1e-5, rtol=1e-5)
+
+
+def test_features_of_the_exits(images):
+    """What CKA between exits and labels (the paper's Fig. 4) is computed from."""
+    dyn = dynamic("vit")
+    with torch.no_grad():
+        features = dyn.exit_features(images)
+        exits = dyn.forward_exits(images)
+        for head, feature, logits in zip(dyn.early_heads, features, exits, strict=False):
+            torch.testing.assert_close(head(feature), logits)
+        torch.testing.assert_close(dyn.backbone.head(dyn.backbone.norm(features[-1])), exits[-1])
+    labels = torch.tensor([0, 1, 1])
+    assert all(0 <= cka(feature, labels) <= 1 for feature in features)
 
 
 def test_heads_of_the_paper():

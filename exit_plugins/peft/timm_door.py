@@ -1,0 +1,176 @@
+"""Dynamic adapters trained by timm's own train.py, unmodified.
+
+::
+
+    python -m exit_plugins.peft.timm_door PATH/TO/train.py --data-dir DATA --num-classes 100 --model dyn_peft \\
+        --model-kwargs backbone=vit_base_patch16_224 method=repadapter r=8 --weight-decay 1e-4 --lr 1e-3 ...
+    torchrun --nproc_per_node 2 -m exit_plugins.peft.timm_door PATH/TO/train.py ...
+
+The script gets a model called ``dyn_peft``, a task whose loss is the model's (the script's criterion at every exit, the
+weights by the schedule), and a schedule and a gradient mask that follow its updates. When it has finished, the adapter
+lies in ``adapter/`` of its output folder, beside timm's checkpoints, which hold the whole model. With the learning-rate
+schedule switched off (``--sched none``) there is nothing to follow and the script is refused.
+"""
+
+import os
+import runpy
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import timm.models
+import timm.scheduler
+import timm.task
+import timm.utils
+import torch
+from peft import LoraConfig, PeftConfig
+from timm.models import register_model
+from torch import Tensor, nn
+
+from .bottleneck import BottleneckConfig
+from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
+from .repadapter import RepAdapterConfig
+
+__all__ = ["DynTask", "dyn_peft", "main"]
+
+# timm asks every registered model's module for these.
+default_cfgs: dict[str, Any] = {}
+
+_METHODS: dict[str, Callable[..., PeftConfig]] = {
+    "repadapter": lambda r, targets, **kwargs: RepAdapterConfig(
+        r=r, target_modules=targets or ["qkv", "fc1"], **kwargs
+    ),
+    "lora": lambda r, targets, **kwargs: LoraConfig(
+        **{"r": r, "lora_alpha": r, "lora_dropout": 0.1, "target_modules": targets or ["qkv"], **kwargs}
+    ),
+    "bottleneck": lambda r, targets, **kwargs: BottleneckConfig(r=r, target_modules=targets or ["fc2"], **kwargs),
+}
+
+
+@register_model
+def dyn_peft(
+    pretrained: bool = False,
+    backbone: str = "vit_base_patch16_224",
+    backbone_checkpoint: str | None = None,
+    method: str = "repadapter",
+    r: int = 8,
+    target_modules: list[str] | str | None = None,
+    method_kwargs: dict[str, Any] | None = None,
+    dyn: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> DynPeftModel:
+    """timm entry point of a dynamic model.
+
+    Args:
+        pretrained: load the published weights of ``backbone``.
+        backbone: name of a timm model of a supported family; ``kwargs`` go to it.
+        backbone_checkpoint: file with weights of the backbone; its classifier is left out.
+        method: ``repadapter``, ``lora`` or ``bottleneck``.
+        r, target_modules, method_kwargs: of the method's configuration.
+        dyn: fields of ``DynConfig``.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(_METHODS)}.")
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(name, None)
+    model = timm.models.create_model(backbone, pretrained=pretrained, **kwargs)
+    if backbone_checkpoint:
+        state = timm.models.load_state_dict(backbone_checkpoint)
+        head = tuple(f"{name}." for name in ("head", "head_dist"))
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
+        model.load_state_dict({**state, **{k: v for k, v in model.state_dict().items() if k.startswith(head)}})
+    return get_dyn_peft_model(
+        model, _METHODS[method](r, target_modules, **(method_kwargs or {})), DynConfig(**(dyn or {}))
+    )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model
+
+
+class DynTask(timm.task.ClassificationTask):
+    """timm's classification task with the loss of a ``DynPeftModel``; other models are trained as timm does."""
+
+    latest: "weakref.ReferenceType[DynPeftModel] | None" = None
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        inner = _inside(model)
+        self.dynamic = inner if isinstance(inner, DynPeftModel) else None
+        if self.dynamic is not None:
+            self.dynamic.criterion = self.criterion
+            DynTask.latest = weakref.ref(self.dynamic)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss and last exit's logits of a batch: ``{"loss": (), "output": (B, C)}``."""
+        if self.dynamic is None:
+            return super().forward(input, target)
+        outputs = self.trainable_module(input)
+        return {"loss": self.dynamic.loss(outputs, target), "output": outputs[-1]}
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "DynTask":
+        """Wrap the model in DistributedDataParallel; on the CPU, where DDP refuses device ids, without them."""
+        return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
+
+
+def _following_scheduler(make: Callable[..., Any]) -> Callable[..., Any]:
+    """timm's ``create_scheduler_v2``, whose scheduler moves the model's schedule along with the learning rate."""
+
+    def create_scheduler_v2(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        scheduler, epochs = make(optimizer, *args, **kwargs)
+        model = DynTask.latest and DynTask.latest()
+        if model is None:
+            return scheduler, epochs
+        per_epoch = kwargs.get("updates_per_epoch")
+        if scheduler is None or not per_epoch:
+            raise ValueError("without a learning-rate schedule there is no progress to follow; choose one by --sched.")
+        total, mask, step_update = epochs * per_epoch, model.attach_mask(optimizer), scheduler.step_update
+
+        def follow(num_updates: int, *args: Any, **kwargs: Any) -> Any:
+            model.set_progress(min(num_updates / total, 1.0))
+            if mask is not None:
+                mask.step = num_updates
+            return step_update(num_updates, *args, **kwargs)
+
+        scheduler.step_update = follow
+        return scheduler, epochs
+
+    return create_scheduler_v2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one of timm's scripts with dynamic adapters: ``argv`` is its path and its arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or not os.path.isfile(argv[0]):
+        raise SystemExit(f"usage: python -m exit_plugins.peft.timm_door PATH/TO/train.py [its options]; got {argv[:1]}")
+    folders: list[str] = []
+    make_folder = timm.utils.get_outdir
+
+    def get_outdir(*args: Any, **kwargs: Any) -> str:
+        folders.append(make_folder(*args, **kwargs))
+        return folders[-1]
+
+    with ExitStack() as stack:
+        for module, name, value in (
+            (timm.task, "ClassificationTask", DynTask),
+            (timm.scheduler, "create_scheduler_v2", _following_scheduler(timm.scheduler.create_scheduler_v2)),
+            (timm.utils, "get_outdir", get_outdir),
+            (sys, "argv", list(argv)),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
+        names = runpy.run_path(argv[0], run_name="__main__")  # noqa: F841  keeps the script's model alive
+        model = DynTask.latest and DynTask.latest()
+        if model is not None and folders:
+            model.save_pretrained(os.path.join(folders[-1], "adapter"))
+
+
+if __name__ == "__main__":
+    # As a module of its own, not as __main__, so that timm's registry and the script see one and the same.
+    from exit_plugins.peft.timm_door import main as run
+
+    run()
