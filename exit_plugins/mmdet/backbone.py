@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
@@ -206,6 +205,8 @@ class DynPerceiver(_TimmFeatures):
         super().__init__(model, range(len(model.feature_info)), out_indices, frozen_stages, norm_eval, init_cfg)
         if not before_z2x and not last_z2x:
             self.model.stages[-1].keep_convolutions()
+        # Nothing reads the latents where the only stage left is its convolutions.
+        self.model.latent.requires_grad_(self.model.latent.requires_grad and self.model.stages[0].z2x is not None)
         if with_cp:
             self.model.set_grad_checkpointing()
         self.arch = arch
@@ -311,7 +312,7 @@ def _read_weights(source: str) -> dict[str, Tensor]:
             )
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     if source.startswith(("http://", "https://")):
-        name = PurePosixPath(urlparse(source).path).name
+        name = urlparse(source).path.rpartition("/")[2]
         if not name:
             raise ValueError(f"the address {source} does not end in a file name; download the file and give its path.")
         source = fetch_checkpoint(source, name)
