@@ -54,7 +54,9 @@ class CompiledSegments(MultiExit, nn.Module):
         return torch.compile(_own_code(segment, f"segment_{index}"))
 
     def begin_exits(self, x: Tensor) -> Tensor:
-        return x
+        # Under inference_mode images made outside it are of another kind than what gathers and segments return. Where
+        # later segments read the images again they would be compiled for both.
+        return x if x.is_inference() == torch.is_inference_mode_enabled() else x.clone()
 
     def forward_exit(self, index: int, state: State) -> tuple[Tensor, State]:
         rows = batch_size(state)

@@ -44,7 +44,7 @@ class NestedExits(MultiExit, nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width + i * num_classes, num_classes) for i in range(4))
 
     def begin_exits(self, x: Tensor) -> dict:
-        return {"map": self.stem(x), "branch": {"tokens": self.latent.expand(len(x), -1, -1), "said": ()}}
+        return {"map": self.stem(x), "branch": {"tokens": self.latent.expand(x.shape[0], -1, -1), "said": ()}}
 
     def forward_exit(self, index: int, state: dict) -> tuple[Tensor, dict]:
         x = state["map"] + self.convs[index](state["map"]).relu()

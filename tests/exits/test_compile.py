@@ -1,0 +1,107 @@
+"""Compiled segments: the same answers, and no compilation after the first batches, by torch's own counters."""
+
+from collections.abc import Iterable
+
+import pytest
+import timm
+import torch
+from small_models import ConvExits, NestedExits, settle
+from torch._dynamo.utils import counters
+
+import exit_plugins.timm
+from exit_plugins import AdaptiveModel, ExitPolicy
+from exit_plugins.exits import confidence
+from exit_plugins.exits.compiled import CompiledSegments
+
+# Every architecture is traced and run; only the small models go through code generation, which takes most of the time.
+REGISTERED = [name for name in exit_plugins.timm.list_models() if name.endswith("_test")]
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_codegen(monkeypatch):
+    """torch.compile that captures and guards as always, and runs the captured graph as it is."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: compile_(function, backend="eager", **kwargs))
+
+
+def check_compiled_once(model: torch.nn.Module, pool: torch.Tensor, sizes: Iterable[int]) -> None:
+    """Answers equal the eager ones at every batch size, with no compilation after sizes 1, 2 and 64."""
+    with torch.no_grad():
+        sure = confidence(torch.stack(model.forward_exits(pool)))
+    ordered = sure.sort(1).values
+    policies = [ExitPolicy([float(row[k : k + 2].mean()) for row in ordered]) for k in (20, 45)]
+    nobody = AdaptiveModel(model, ExitPolicy([float("inf")] * len(sure)), compile=True)
+    for size in (1, 2, 64):
+        nobody(pool[:size])
+    assert counters["graph_break"] == {}
+    warm = graphs()
+    assert model.num_exits <= warm <= 3 * model.num_exits
+    compiled = []
+    for policy in policies:
+        adaptive = AdaptiveModel(model, policy, compile=True)
+        adaptive.runner = nobody.runner
+        compiled.append((adaptive, AdaptiveModel(model, policy)))
+    for size in sizes:
+        images = pool[torch.arange(size) * 7 % 64]
+        for adaptive, eager in compiled:
+            out, expected = adaptive(images), eager(images)
+            assert torch.equal(out.exit_index, expected.exit_index)
+            torch.testing.assert_close(out.logits, expected.logits, atol=1e-4, rtol=0)
+    assert graphs() == warm
+
+
+@pytest.mark.parametrize("kind", [ConvExits, NestedExits])
+def test_compiled_once_for_all_batch_sizes(kind):
+    torch.manual_seed(0)
+    pool = torch.randn(64, 3, 32, 32)
+    check_compiled_once(settle(kind(), pool), pool, range(1, 65))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_architecture_is_captured_once(name, without_codegen):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    pool = torch.randn(64, *model.pretrained_cfg["input_size"])
+    check_compiled_once(settle(model, pool), pool, (1, 3, 17))
+
+
+def test_models_with_many_exits_do_not_use_up_each_others_recompile_limit(without_codegen):
+    class Chain(ConvExits):
+        num_exits = 12
+
+        def begin_exits(self, x):
+            return x.mean((2, 3))
+
+        def forward_exit(self, index, state):
+            return state * (index + 1), state + index
+
+    pool = torch.randn(64, 3, 4, 4)
+    runner = CompiledSegments(Chain())
+    with torch.no_grad():
+        for size in (1, 2, 64, 5, 33):
+            for mine, expected in zip(
+                runner.forward_exits(pool[:size]), Chain().forward_exits(pool[:size]), strict=True
+            ):
+                torch.testing.assert_close(mine, expected)
+    assert graphs() == 24
+
+
+def test_bad_images_get_the_models_own_message(without_codegen):
+    model = timm.create_model("dynperceiver_test", num_classes=5).eval()
+    adaptive = AdaptiveModel(model, ExitPolicy([0.5] * 4), compile=True)
+    with pytest.raises(ValueError, match="3 channels, got 4"):
+        adaptive(torch.randn(2, 4, 64, 64))
+    assert adaptive(torch.randn(0, 3, 64, 64)).logits.shape == (0, 5)
+    assert adaptive(torch.randn(2, 3, 64, 64)).logits.shape == (2, 5)
