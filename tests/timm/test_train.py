@@ -371,7 +371,7 @@ def data(tmp_path_factory) -> Path:
             folder.mkdir(parents=True)
             for number in range(count):
                 pixels = np.clip(rng.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+                Image.fromarray(pixels).save(folder / f"{name}{number}.png")
     return root
 
 
