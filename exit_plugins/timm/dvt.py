@@ -446,6 +446,7 @@ class DVTStage(nn.Module):
 
         channels = cfg.depth * cfg.num_heads
         self.relation_reuse_conv = self.resize = None
+        self.upstream_tokens = 0 if upstream_grid is None else 1 + upstream_grid[0] * upstream_grid[1]
         if upstream_grid is not None and (cfg.feature_reuse or cfg.relation_reuse):
             self.resize = TokenResize(upstream_grid, grid, **dd)
         if upstream_grid is not None and cfg.relation_reuse:
@@ -492,17 +493,29 @@ class DVTStage(nn.Module):
             x = self.patch_embed(x)
         return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
 
+    def read_relations(self, relations: Tensor) -> Tensor:
+        """What each block adds to its logits, not yet resized, from those of the exit before: both (B, L*H, N, N)."""
+        if self.relation_reuse_conv is None:
+            return relations
+        if self.training:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                return checkpoint(self.relation_reuse_conv, relations)
+            return self.relation_reuse_conv(relations)
+        # Between the layers there is three times as much as the logits: a quarter at a time needs less memory.
+        step = (self.upstream_tokens + 3) // 4
+        slices: list[Tensor] = []
+        for start in range(0, self.upstream_tokens, step):
+            slices.append(self.relation_reuse_conv(relations[:, :, start : start + step]))
+        return torch.cat(slices, dim=2)
+
     def run_blocks(
         self, x: Tensor, context: Tensor | None, relations: Tensor | None, take: list[int], last: int
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run blocks 0 to ``last``: their tokens, the attention logits of each, the tokens after those in ``take``."""
         x = self.embed(x)
         maps: Tensor | None = None
-        if self.relation_reuse_conv is not None and relations is not None:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                maps = checkpoint(self.relation_reuse_conv, relations)
-            else:
-                maps = self.relation_reuse_conv(relations)
+        if relations is not None:
+            maps = self.read_relations(relations)
         logits: list[Tensor] = []
         taken: list[Tensor] = []
         for index, block in enumerate(self.blocks):
@@ -828,6 +841,7 @@ class DVT(MultiExit, nn.ModuleDict):
                 stage.fill_positions()
             if stage.resize is not None and upstream is not None:
                 stage.resize.set_grids(upstream, grid, **get_device_dtype(stage))
+                stage.upstream_tokens = 1 + upstream[0] * upstream[1]
             stage.grid = upstream = grid
         self.img_size = img_size
         update_model_input_size(self, img_size)
