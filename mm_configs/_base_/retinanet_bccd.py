@@ -63,6 +63,7 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=5e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=10.0),
 )
+auto_scale_lr = dict(base_batch_size=8)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),

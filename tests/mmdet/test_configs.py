@@ -1,6 +1,5 @@
 """The configs: each builds, its pyramid fits its backbone, and mmcv without operators is reported before it matters."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,16 @@ def test_config_builds_a_detector_whose_parts_fit(name: str) -> None:
     assert [128 // feature_map.shape[2] for feature_map in maps] == list(anchors.strides)
 
 
-def test_two_lines_swap_the_dynamic_and_the_plain_backbone() -> None:
+def test_the_type_alone_finds_the_backbone_in_a_fresh_process() -> None:
+    program = (
+        "from mmengine.registry import MODELS\n"
+        "MODELS.build(dict(type='exit_plugins.DynPerceiver', arch='dynperceiver_test'))\n"
+        "MODELS.build(dict(type='exit_plugins.TimmBackbone', arch='resnet10t'))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_one_setting_swaps_the_dynamic_and_the_plain_backbone() -> None:
     dynamic, plain = (
         Config.fromfile(CONFIGS / "bccd" / f"retinanet_{name}_fpn_bccd.py")
         for name in ("dynperceiver_regnety_400mf", "regnety_400mf")
@@ -59,7 +67,7 @@ def test_mmcv_without_working_operators_says_how_to_get_them(failure: str, messa
         "from mmengine.config import Config\n"
         f"Config.fromfile({str(CONFIGS / NAMES[0])!r})\n"
     )
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=dict(os.environ))
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert run.returncode != 0
     last_words = run.stderr.split("RuntimeError: ")[-1]
     assert message in last_words
