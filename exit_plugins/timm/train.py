@@ -29,10 +29,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from exit_plugins._version import __version__
-from exit_plugins.exits import MultiExitLoss
-from exit_plugins.exits._files import atomic_write
-from exit_plugins.exits.losses import LOSS_PRESETS, ExitWeights
+from .._version import __version__
+from ..exits import MultiExitLoss
+from ..exits._files import atomic_write
+from ..exits.losses import LOSS_PRESETS, ExitWeights
 
 __all__ = ["ExitLossOptions", "MultiExitEvaluator", "MultiExitTask", "main"]
 
@@ -341,15 +341,12 @@ class MultiExitEvaluator(ClassificationEvaluator):
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add a batch's last logits (B, C), as the task's evaluation model returned them, and class indices (B,)."""
         recorded = getattr(output, "recorded", None)
-        if recorded is None:
-            raise ValueError(
-                "these logits do not come from this task's evaluation model (task.get_eval_model()), so the other "
-                "exits' predictions are not known."
-            )
+        if recorded is None and not self.num_samples:
+            _logger.warning("These logits are not as the task's evaluation model gave them: no accuracy per exit.")
         before = self.num_samples
         super().update(output, target)
         seen = self.num_samples - before
-        if seen:
+        if seen and recorded is not None:
             self.exits.suffix = recorded.evaluation.suffix
             self.exits.update([logits[:seen] for logits in (*recorded.earlier, output)], target[:seen])
 
@@ -359,9 +356,10 @@ class MultiExitEvaluator(ClassificationEvaluator):
         exits.counts = self.exits.counts.to(self.device)
         if distributed:
             torch.distributed.all_reduce(exits.counts)
-        if not distributed or torch.distributed.get_rank() == 0:
-            exits.log()
-        metrics.update(exits.metrics())
+        if exits.counts[-1]:
+            if not distributed or torch.distributed.get_rank() == 0:
+                exits.log()
+            metrics.update(exits.metrics())
         return metrics
 
 
