@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,8 @@ class DynPeftModel(ExitModel, PeftModel):
         self.family = family
         self.dyn_config: dict[str, DynConfig] = {}
         self._exit_after: dict[str, tuple[int, ...]] = {}
+        self._cross_entropy: dict[str, MultiExitLoss] = {}
+        self._own_criterion: Callable[[Tensor, Tensor], Tensor] | None = None
         self.exit_heads = nn.ModuleDict()
         self.register_buffer("exit_weights", torch.zeros(0), persistent=False)
         self.progress = 0.0
@@ -203,6 +205,7 @@ class DynPeftModel(ExitModel, PeftModel):
         heads.requires_grad_(adapter_name in self.active_adapters and not inference)
         self.exit_heads[adapter_name] = heads.to(reference.weight.device).train(self.training)
         self.dyn_config[adapter_name] = config
+        self._cross_entropy[adapter_name] = MultiExitLoss(1, "chase", label_smoothing=config.label_smoothing)
         self._exit_after[adapter_name] = exit_after
         set_dropout(backbone, adapter_name, family.units(backbone), config.dropout_shallow, config.dropout_deep)
 
@@ -230,18 +233,26 @@ class DynPeftModel(ExitModel, PeftModel):
         """Set the weights of the exits' losses for the share of training done, in [0, 1]."""
         config = self.dyn_config[self._active]
         weights = exit_weights(self.num_exits, progress, config.lambda_shallow, config.lambda_deep)
-        self.exit_weights = torch.tensor(weights, device=_classifier(self.backbone, self.family).weight.device)
+        weights = torch.tensor(weights, device=_classifier(self.backbone, self.family).weight.device)
+        if self.exit_weights.shape == weights.shape:
+            self.exit_weights.copy_(weights)  # in place: compiled steps and CUDA graphs hold on to the buffer
+        else:
+            self.exit_weights = weights
         self.progress = progress
 
     @property
-    def criterion(self) -> Any:
-        if "_criterion" in self.__dict__:
-            return self.__dict__["_criterion"]
-        return MultiExitLoss(1, "chase", label_smoothing=self.dyn_config[self._active].label_smoothing)
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return self._own_criterion or self._cross_entropy[self._active]
 
     @criterion.setter
-    def criterion(self, criterion: Any) -> None:
-        self.__dict__["_criterion"] = criterion
+    def criterion(self, criterion: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        self.__dict__["_own_criterion"] = criterion
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "criterion":  # torch would make a criterion that is a module a part of the model
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def loss(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:
         """Dyn-Adapter eq. 5: the exits' losses weighted by lambda, a plain sum; a scalar.
@@ -299,7 +310,8 @@ class DynPeftModel(ExitModel, PeftModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """As ``PeftModel.delete_adapter``, early heads included."""
         super().delete_adapter(adapter_name)
-        del self.exit_heads[adapter_name], self.dyn_config[adapter_name], self._exit_after[adapter_name]
+        for table in (self.exit_heads, self.dyn_config, self._exit_after, self._cross_entropy):
+            del table[adapter_name]
         if self.exit_heads:
             self.set_adapter(self._active)
 

@@ -212,8 +212,13 @@ def test_loss_is_the_weighted_sum():
     soft = nn.functional.one_hot(target, 5).float()
     smooth = 0.9 * soft + 0.1 / 5
     torch.testing.assert_close(dyn.loss(outputs, smooth), dyn.loss(outputs, target))
+    names = set(dyn.state_dict())
+    dyn.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0, 0, 2.0, 3.0]))
+    assert set(dyn.state_dict()) == names  # a criterion is no part of the model
+    torch.testing.assert_close(
+        dyn.loss(outputs, target), sum(0.5 * dyn.criterion(z, target) for z in outputs), atol=1e-6, rtol=1e-5
+    )
     dyn.criterion = lambda logits, labels: logits.sum() * 0 + 1
-    dyn.set_progress(1.0)
     assert dyn.loss(outputs, target) == 2.0
     with pytest.raises(ValueError, match="all 4 exits"):
         dyn.loss(outputs[-1], target)

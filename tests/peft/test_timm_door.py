@@ -121,3 +121,18 @@ def test_command_line_says_what_it_wants():
         [sys.executable, "-m", "exit_plugins.peft.timm_door", "nowhere.py"], capture_output=True, text=True
     )
     assert run.returncode == 1 and "PATH/TO/train.py" in run.stderr
+
+
+def test_task_has_the_scripts_criterion_at_every_exit():
+    model = timm.create_model(
+        "dyn_peft",
+        num_classes=5,
+        backbone="vit_tiny_patch16_224",
+        dyn=dict(dropout_shallow=0.0, dropout_deep=0.0, exit_interval=1),
+        **dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2),
+    ).train()
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 4, 2])
+    loss = timm_door.DynTask(model, criterion, device=torch.device("cpu"), verbose=False)(images, labels)["loss"]
+    expected = sum(w * criterion(z, labels) for w, z in zip([0.1, 0.1, 1, 1], model(images), strict=True))
+    torch.testing.assert_close(loss, expected)
