@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 
 from ._files import atomic_write
@@ -339,7 +339,8 @@ def _check_not_sharded(loader: Iterable, world: int) -> None:
 
 def _own_batches(loader: Iterable, rank: int, world: int, skip: int) -> Iterator:
     """This process's batches, from the ``skip``-th on."""
-    if type(loader) is DataLoader and loader.batch_sampler is not None:
+    streams = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if type(loader) is DataLoader and loader.batch_sampler is not None and not streams:
         indices = list(loader.batch_sampler)
         if world > 1:
             # A shuffled loader draws another order in every process: the first one's counts.

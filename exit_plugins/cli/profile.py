@@ -1,0 +1,147 @@
+"""Parameters, MACs and latency of every exit, beside the plain backbone where there is one.
+
+Latency is wall-clock time to reach an exit when every image goes that far, median over repeats; the plain network is
+timed in turns with the model, so that a drift of the machine touches both.
+
+example:
+  exit-plugins profile dynperceiver_regnety_400mf --batch-size 1 --threads 1
+"""
+
+import argparse
+import time
+
+import numpy as np
+import timm
+import torch
+
+from ..exits.costs import exit_costs, exit_latency
+from .common import (
+    add_json_argument,
+    add_model_arguments,
+    amount,
+    data_config,
+    open_model,
+    print_json,
+    print_table,
+)
+
+# What a user would have run instead: name of ours (its beginning) -> timm's network without exits.
+PLAIN = {
+    "dynperceiver_regnety_400mf": "regnety_004",
+    "dynperceiver_regnety_800mf": "regnety_008",
+    "dynperceiver_regnety_1_6gf": "regnety_016",
+    "dynperceiver_regnety_3_2gf": "regnety_032",
+    "dynperceiver_mobilenetv3_0_75x": "mobilenetv3_large_075",
+    "dynperceiver_mobilenetv3_1_0x": "mobilenetv3_large_100",
+    "dvt_deit_small": "deit_small_patch16_224",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--plain", metavar="NAME", help="timm network to compare with (default: the model's own backbone)"
+    )
+    parser.add_argument("--no-latency", action="store_true", help="count only")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.batch_size < 1 or args.repeats < 1:
+        raise ValueError("--batch-size and --repeats must be positive.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = open_model(args, needs_weights=False)
+    size = data_config(args, model)["input_size"]
+    costs = exit_costs(model, size)
+    found = {
+        "model": args.model,
+        "input_size": list(size),
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "exits": [
+            {"exit": k + 1, "macs": m, "params": int(p)}
+            for k, (m, p) in enumerate(zip(costs.macs, costs.params, strict=True))
+        ],
+        "plain": None,
+    }
+    name = args.plain or next((plain for ours, plain in PLAIN.items() if args.model.startswith(ours)), None)
+    plain = None
+    if name is not None:
+        plain = timm.create_model(name, num_classes=model.num_classes).to(next(model.parameters()).device).eval()
+        counted = _Single(plain)
+        plain_costs = exit_costs(counted, size)
+        found["plain"] = {
+            "name": name,
+            "macs": plain_costs.macs[0],
+            "params": sum(p.numel() for p in plain.parameters()),
+        }
+    if not args.no_latency:
+        images = torch.randn((args.batch_size, *size), generator=torch.Generator().manual_seed(0))
+        images = images.to(next(model.parameters()).device)
+        latency, plain_latency = _in_turns(model, plain, images, args.repeats)
+        for row, seconds in zip(found["exits"], latency, strict=True):
+            row["latency"] = seconds
+        if plain is not None:
+            found["plain"]["latency"] = plain_latency
+    if args.json:
+        print_json(found)
+        return 0
+    print(
+        f"{args.model} at {'x'.join(map(str, size))}: {amount(found['parameters'], '')} parameters, batch "
+        f"{args.batch_size}, {found['threads']} threads"
+    )
+    rows = [_row(f"exit {row['exit']}", row, found["plain"]) for row in found["exits"]]
+    if found["plain"]:
+        rows.append(_row(f"plain {name}", found["plain"], None))
+    head = ["", "parameters", "MACs", *([] if args.no_latency else ["latency"])]
+    if found["plain"]:
+        head += ["MACs/plain", *([] if args.no_latency else ["time/plain"])]
+    print_table(head, [row[: len(head)] + [""] * (len(head) - len(row)) for row in rows])
+    return 0
+
+
+def _row(name: str, row: dict, plain: dict | None) -> list[str]:
+    cells = [name, amount(row["params"], ""), amount(row["macs"], "")]
+    if "latency" in row:
+        cells.append(amount(row["latency"], "s"))
+    if plain is not None:
+        cells.append(f"{row['macs'] / plain['macs']:.2f}x")
+        if "latency" in row:
+            cells.append(f"{row['latency'] / plain['latency']:.2f}x")
+    return cells
+
+
+class _Single(torch.nn.Module):
+    """A plain network as a model of one exit, so that it is counted and timed as the others are."""
+
+    num_exits = 1
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def begin_exits(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def forward_exit(self, index: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.network(state), state
+
+
+def _in_turns(model, plain, images, repeats: int) -> tuple[np.ndarray, float | None]:
+    """Latency (K,) of the model and of the plain network, measured in alternating rounds."""
+    rounds = min(4, repeats)
+    ours, theirs = [], []
+    started = time.perf_counter()
+    for index in range(rounds):
+        count = repeats // rounds + (index < repeats % rounds)
+        ours.append(exit_latency(model, images, repeats=count, warmup=2 if index == 0 else 0))
+        if plain is not None:
+            theirs.append(exit_latency(_Single(plain), images, repeats=count, warmup=2 if index == 0 else 0)[0])
+        if time.perf_counter() - started > 120:
+            break
+    return np.median(ours, axis=0), float(np.median(theirs)) if theirs else None
