@@ -38,6 +38,7 @@ __all__ = [
 FORMATS = ("onnx", "openvino")
 _FORMAT, _VERSION = "exit_plugins.export", 1
 _MANIFEST = "export.json"
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # as timm names them
 _TOLERANCE = 1e-4
 _OPSET = 20
 
@@ -76,7 +77,7 @@ def export_segments(
             name = f"segment_{index}.onnx"
             onnx_model.save(part / name)
             segments.append(name if format == "onnx" else _to_openvino(part / name))
-        _write_manifest(part, policy, segments, format, input_size, describe_model(model))
+        _write_manifest(part, policy, segments, format, input_size, model)
         _verify(model, ExportedSegments(part), images)
     return ExportedAdaptiveModel(folder)
 
@@ -129,7 +130,11 @@ class ExportedSegments(MultiExit, nn.Module):
         self.num_exits = described["num_exits"]
         self.num_classes = described["num_classes"] or 0
         self.input_size = tuple(self.manifest["input_size"])
-        self.pretrained_cfg = {"architecture": described["architecture"], "input_size": self.input_size}
+        self.pretrained_cfg = {
+            "architecture": described["architecture"],
+            "input_size": self.input_size,
+            **self.manifest["preprocessing"],
+        }
         if bfloat16 and self.manifest["runtime"] != "openvino":
             raise ValueError("bfloat16 is a choice of OpenVINO; export with format='openvino' for it.")
         load = _onnx_session if self.manifest["runtime"] == "onnx" else _openvino_session
@@ -243,7 +248,7 @@ def quantize_segments(
             names.append(name)
             states = [exported.forward_exit(index, state)[1] for state in states]
         policy = ExitPolicy.load(exported.folder / "policy.json")
-        _write_manifest(part, policy, names, "onnx", exported.input_size, exported.manifest["model"])
+        _write_manifest(part, policy, names, "onnx", exported.input_size, exported)
         report = _change(exported, ExportedSegments(part), batches)
         manifest = json.loads((part / _MANIFEST).read_text())
         (part / _MANIFEST).write_text(json.dumps(manifest | {"precision": "int8", "quantisation": report}, indent=2))
@@ -622,16 +627,19 @@ def _write_manifest(
     segments: list[str],
     runtime: str,
     input_size: Sequence[int],
-    described: dict[str, Any],
+    model: nn.Module,
 ) -> None:
     policy.save(folder / "policy.json")
+    config = getattr(model, "pretrained_cfg", None) or {}
+    config = config if isinstance(config, dict) else vars(config)
     document = {
         "format": _FORMAT,
         "version": _VERSION,
         "runtime": runtime,
         "precision": "float32",
         "input_size": list(input_size),
-        "model": described,
+        "model": describe_model(model),
+        "preprocessing": {key: config[key] for key in _PREPROCESSING if config.get(key) is not None},
         "torch": torch.__version__,
         "segments": [{"file": name, "sha256": _digest(folder / name)} for name in segments],
     }
