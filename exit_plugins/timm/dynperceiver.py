@@ -627,6 +627,8 @@ class DynPerceiver(MultiExit, nn.Module):
         Between segments the state is the feature map (B, C, H, W), the latents (B, L, C) and the logits
         (B, num_classes) of exit 1, then those of exit 2; after the last exit it is empty.
         """
+        if not 0 <= index < self.num_exits:
+            raise IndexError(f"this model has exits 0 to {self.num_exits - 1}, got {index}.")
         if index == 0:
             (image,) = state
             x, z = self._begin(image)
@@ -726,6 +728,8 @@ class DynPerceiver(MultiExit, nn.Module):
             if self.features_before_z2x:
                 self.stages[max_index].keep_convolutions()
                 latent_width = self.channels[max_index]
+                if max_index == 0:
+                    self.latent.requires_grad_(False)  # no map reads the latents
             self.num_features = self.head_hidden_size = self.channels[max_index + 1] + latent_width
             self.num_exits = 0
         self.reset_classifier(0)
