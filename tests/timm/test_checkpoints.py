@@ -175,11 +175,9 @@ def test_other_classes_and_channels_start_from_the_same_body(tmp_path):
     path = tmp_path / "weights.pth"
     model = make()
     torch.save(public_layout(model), path)
-    overlay = dict(file=str(path))
+    pretrained = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
     for classes in (0, 5):
-        loaded = timm.create_model(
-            NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, in_chans=1
-        )
+        loaded = timm.create_model(NAME, num_classes=classes, in_chans=1, **pretrained)
         body = {key for key in model.state_dict() if key.startswith(("stages.", "latent"))}
         assert all(loaded.state_dict()[key].equal(model.state_dict()[key]) for key in body)
     backbone = timm.create_model(NAME, features_only=True, **pretrained)
