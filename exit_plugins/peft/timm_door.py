@@ -12,12 +12,14 @@ lies in ``adapter/`` of its output folder, beside timm's checkpoints, which hold
 schedule switched off (``--sched none``) there is nothing to follow and the script is refused.
 """
 
+import json
 import os
 import runpy
 import sys
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,7 +33,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from .bottleneck import BottleneckConfig
-from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
+from .dyn import CONFIG_NAME, DynConfig, DynPeftModel, get_dyn_peft_model
+from .multi_exit import MultiExitBackbone
 from .repadapter import RepAdapterConfig
 
 __all__ = ["DynTask", "dyn_peft", "main"]
@@ -60,9 +63,11 @@ def dyn_peft(
     target_modules: list[str] | str | None = None,
     method_kwargs: dict[str, Any] | None = None,
     dyn: dict[str, Any] | None = None,
+    adapter: str | None = None,
+    merge: bool = True,
     **kwargs: Any,
-) -> DynPeftModel:
-    """timm entry point of a dynamic model.
+) -> DynPeftModel | MultiExitBackbone:
+    """timm entry point of a dynamic model: a new one to train, or a saved ``adapter`` over its backbone.
 
     Args:
         pretrained: load the published weights of ``backbone``.
@@ -71,17 +76,24 @@ def dyn_peft(
         method: ``repadapter``, ``lora`` or ``bottleneck``.
         r, target_modules, method_kwargs: of the method's configuration.
         dyn: fields of ``DynConfig``.
+        adapter: folder that ``DynPeftModel.save_pretrained`` wrote; method and exits are then those saved there.
+        merge: fold that adapter into the backbone, if its method can be.
     """
     if method not in _METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(_METHODS)}.")
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         kwargs.pop(name, None)
+    if adapter:
+        kwargs.setdefault("num_classes", json.loads(Path(adapter, CONFIG_NAME).read_text())["num_classes"])
     model = timm.models.create_model(backbone, pretrained=pretrained, **kwargs)
     if backbone_checkpoint:
         state = timm.models.load_state_dict(backbone_checkpoint)
         head = tuple(f"{name}." for name in ("head", "head_dist"))
         state = {key: value for key, value in state.items() if not key.startswith(head)}
         model.load_state_dict({**state, **{k: v for k, v in model.state_dict().items() if k.startswith(head)}})
+    if adapter:
+        loaded = DynPeftModel.from_pretrained(model, adapter)
+        return loaded.merge_and_unload() if merge and loaded.peft_type != "BOTTLENECK" else loaded
     return get_dyn_peft_model(
         model, _METHODS[method](r, target_modules, **(method_kwargs or {})), DynConfig(**(dyn or {}))
     )

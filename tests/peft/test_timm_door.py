@@ -77,8 +77,22 @@ def test_schedule_loss_and_adapter(script, tmp_path):
     backbone = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5
     )
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
     loaded = DynPeftModel.from_pretrained(backbone, tmp_path / "run" / "adapter")
     assert loaded.num_exits == 2 and loaded.peft_config["default"].r == 4
+    # The same by timm's name, merged, as command-line tools open models.
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    merged = timm.create_model(
+        "dyn_peft",
+        backbone="vit_tiny_patch16_224",
+        backbone_checkpoint=str(tmp_path / "backbone.pth"),
+        adapter=str(tmp_path / "run" / "adapter"),
+        **kwargs,
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for mine, theirs in zip(loaded.forward_exits(images), merged.forward_exits(images), strict=True):
+        torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=1e-5)
+    assert not hasattr(merged, "peft_config")
 
 
 def test_other_models_are_left_alone(script, tmp_path):
