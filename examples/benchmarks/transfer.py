@@ -159,6 +159,10 @@ def main() -> None:
             exits = " ".join(f"{100 * a:.1f}" for a in row["exit_accuracy"])
             similar = " ".join(f"{value:.3f}" for value in row["cka_with_labels"])
             print(f"{row['name']}: accuracy of every exit {exits}; CKA of its features with the labels {similar}")
+            for point in row["points"]:
+                pairs = zip(point["shares"], point["accuracy_of_leavers"], strict=True)
+                leavers = ", ".join("nobody" if a is None else f"{100 * s:.0f} % ({100 * a:.1f})" for s, a in pairs)
+                print(f"  budget {point['budget']:g}: share leaving at each exit (and their accuracy) {leavers}")
     write_json(args.json, {"machine": machine(), "arguments": vars(args), "rows": rows})
 
 
