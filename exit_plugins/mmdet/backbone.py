@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..registry import MODELS
 from ..timm import list_models
 from ..timm._checkpoints import describe_keys, fetch_checkpoint, read_checkpoint
 from ..timm.dynperceiver import checkpoint_filter_fn
@@ -150,7 +149,6 @@ class _TimmFeatures(BaseModule):
         return state_dict
 
 
-@MODELS.register_module()
 class DynPerceiver(_TimmFeatures):
     """The feature branch of a Dyn-Perceiver, informed by its latents at every stage (the paper's section 4.4).
 
@@ -219,7 +217,6 @@ class DynPerceiver(_TimmFeatures):
         return checkpoint_filter_fn(state_dict, reference)
 
 
-@MODELS.register_module()
 class TimmBackbone(_TimmFeatures):
     """Any timm model that returns intermediate feature maps; the plain counterpart of :class:`DynPerceiver`.
 
