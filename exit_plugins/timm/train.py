@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import timm
@@ -67,17 +68,21 @@ _RELIED_ON = {
 def check_timm() -> None:
     """Raise ImportError if the installed timm lacks a name this module relies on, saying which."""
     for owner, names in _RELIED_ON.items():
-        module, _, cls = owner.partition(".ClassificationTask")
         for name in names:
-            try:
-                found = import_module(module)
-                found = getattr(found, "ClassificationTask") if owner != module else found  # noqa: B009
-                getattr(found, name)
-            except (ImportError, AttributeError):
+            if not _exists(f"{owner}.{name}"):
                 raise ImportError(
                     f"training by timm's scripts relies on {owner}.{name}, which timm {timm.__version__} lacks; "
                     'it is known to work with timm 1.0.31: pip install "timm>=1.0.31,<1.1".'
-                ) from None
+                )
+
+
+def _exists(path: str) -> bool:
+    """Whether there is a module, class or attribute of this dotted name."""
+    try:
+        resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 check_timm()
@@ -499,7 +504,7 @@ def check_script(path: str) -> bool:
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "timm" and not node.level:
             for name in (alias.name for alias in node.names if alias.name != "*"):
-                if not _exists(node.module, name):
+                if not _exists(f"{node.module}.{name}"):
                     raise ImportError(
                         f"{path} needs {node.module}.{name}, which timm {timm.__version__} lacks: {advice}"
                     )
@@ -510,16 +515,6 @@ def check_script(path: str) -> bool:
             f"{path} does not train through timm.task.ClassificationTask, so it cannot train several exits: {advice}"
         )
     return "ClassificationTask" in taken
-
-
-def _exists(module: str, name: str) -> bool:
-    try:
-        if hasattr(import_module(module), name):
-            return True
-        import_module(f"{module}.{name}")
-    except ImportError:
-        return False
-    return True
 
 
 def _weights(text: str) -> tuple[float, ...]:
