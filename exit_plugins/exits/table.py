@@ -251,7 +251,7 @@ def collect_exits(
     records = part.records if part is not None else []
     training = model.training
     model.to(device).eval()
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = _length(loader)
     mine = None if total is None else len(range(rank, total, world))
     bar = tqdm(
         desc="exits",
@@ -313,6 +313,14 @@ def _images_and_target(batch) -> tuple[Tensor, Tensor]:
     if len(images) != len(target):
         raise ValueError(f"a batch holds {len(images)} images and {len(target)} targets.")
     return images, target
+
+
+def _length(loader: Iterable) -> int | None:
+    """Number of batches, None for a loader that streams."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 # Several processes
@@ -382,7 +390,7 @@ def _fingerprint(model, loader, measure, temperatures, keep_logits) -> dict:
     return {
         "format": "exit_plugins.part/1",
         "model": hasher.hexdigest(),
-        "batches": len(loader) if hasattr(loader, "__len__") else None,
+        "batches": _length(loader),
         "batch_size": getattr(loader, "batch_size", None),
         "measure": measure,
         "temperatures": list(temperatures),
@@ -430,8 +438,9 @@ class _PartFile:
         head = self.file.read(12)
         if len(head) == 12:
             length, checksum = struct.unpack("<QI", head)
-            payload = self.file.read(length)
-            if len(payload) == length and zlib.crc32(payload) == checksum:
+            whole = start + 12 + length <= os.fstat(self.file.fileno()).st_size
+            payload = self.file.read(length) if whole else b""
+            if whole and zlib.crc32(payload) == checksum:
                 return payload
         if start == 0 and head:
             raise ValueError(f"{self.path} is not a part file of collect_exits; delete it or name another.")

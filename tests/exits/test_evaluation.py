@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from small_tables import costs_of, naive_run, realistic_table
+
+from exit_plugins import ExitPolicy, ExitTable, anytime_curve, budgeted_curve
+from exit_plugins.exits.evaluation import (
+    bootstrap_interval,
+    calibration,
+    cka,
+    cka_matrix,
+    ensemble_curve,
+    evaluate_policy,
+)
+
+
+def test_anytime_curve_is_the_accuracy_of_each_exit():
+    table, costs = realistic_table(4, 300), costs_of(4)
+    points = anytime_curve(table, costs)
+    for k, point in enumerate(points):
+        assert point.accuracy == np.mean([table.prediction[k, i] == table.target[i] for i in range(300)])
+        assert point.cost == costs[k] and point.exit_index == k
+        assert point.interval[0] < point.accuracy < point.interval[1]
+
+
+def test_bootstrap_interval_agrees_with_the_normal_approximation():
+    right = np.random.default_rng(0).random(2000) < 0.8
+    low, high = bootstrap_interval(right, level=0.95, resamples=2000)
+    half = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 2000)
+    assert low == pytest.approx(right.mean() - half, abs=0.002)
+    assert high == pytest.approx(right.mean() + half, abs=0.002)
+
+
+def test_bootstrap_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    covered = [
+        low <= 0.7 <= high
+        for low, high in (bootstrap_interval(rng.random(200) < 0.7, 0.9, 300, seed) for seed in range(300))
+    ]
+    assert np.mean(covered) == pytest.approx(0.9, abs=0.05)
+
+
+def test_policy_result_equals_the_sample_by_sample_run():
+    table, costs = realistic_table(3, 250, num_classes=4), costs_of(3)
+    policy = ExitPolicy([0.8, 0.6, 0])
+    result = evaluate_policy(policy, table, costs)
+    accuracy, cost, exits = naive_run(table, policy.thresholds, costs)
+    assert (result.accuracy, result.exits.tolist()) == (accuracy, exits)
+    assert result.cost == pytest.approx(cost)
+    exits = np.array(exits)
+    np.testing.assert_allclose(result.shares, [(exits == k).mean() for k in range(3)])
+    for c, shares, class_accuracy in zip(result.classes, result.class_shares, result.class_accuracy, strict=True):
+        members = table.target == c
+        np.testing.assert_allclose(shares, [(exits[members] == k).mean() for k in range(3)])
+        assert class_accuracy == pytest.approx(result.correct[members].mean())
+    for k in range(3):
+        assert result.exit_accuracy[k] == pytest.approx(result.correct[exits == k].mean())
+
+
+def test_policy_is_not_evaluated_on_confidences_it_was_not_made_for():
+    logits = np.random.default_rng(0).normal(size=(2, 20, 5))
+    table = ExitTable.from_logits(logits, np.zeros(20), measure="entropy")
+    with pytest.raises(ValueError, match="thresholds are for max_softmax .* table holds entropy"):
+        evaluate_policy(ExitPolicy([0.5, 0]), table)
+
+
+def test_budgeted_curve_reports_the_test_split_beside_the_target():
+    val, test, costs = realistic_table(4, 400, 1), realistic_table(4, 500, 2), costs_of(4)
+    budgets = np.linspace(costs[0], costs[-1], 5)
+    for point, budget in zip(budgeted_curve(val, test, costs, budgets), budgets, strict=True):
+        accuracy, cost, _ = naive_run(test, point.thresholds, costs)
+        assert point.budget == budget and point.solved_cost <= budget
+        assert point.accuracy == pytest.approx(accuracy) and point.cost == pytest.approx(cost)
+        assert point.solved_cost == pytest.approx(naive_run(val, point.thresholds, costs)[1])
+    counted = budgeted_curve(val, test, costs, 5, method="shared")
+    assert [p.budget for p in counted] == budgets.tolist()
+
+
+def test_empty_table_and_tables_of_two_models_are_refused():
+    with pytest.raises(ValueError, match="no samples"):
+        anytime_curve(ExitTable(np.zeros((2, 0)), np.zeros((2, 0)), np.zeros(0)))
+    with pytest.raises(ValueError, match="not of one model"):
+        budgeted_curve(realistic_table(3, 9), realistic_table(4, 9), costs_of(3), 3)
+
+
+def test_expected_calibration_error_equals_its_definition():
+    table = realistic_table(2, 500)
+    for k, found in enumerate(calibration(table, bins=10)):
+        ece = 0.0
+        for b in range(10):
+            members = (table.confidence[k] > b / 10) & (table.confidence[k] <= (b + 1) / 10)
+            if members.any():
+                gap = abs(table.confidence[k][members].mean() - table.correct[k][members].mean())
+                ece += members.mean() * gap
+        assert found.ece == pytest.approx(ece, rel=1e-5)
+        assert found.auroc == pytest.approx(roc_auc_score(table.correct[k], table.confidence[k]))
+
+
+def test_risk_coverage_area_equals_its_definition_and_does_not_depend_on_the_order_of_ties():
+    table = realistic_table(1, 60)
+    order = np.argsort(-table.confidence[0])
+    errors = [np.mean(~table.correct[0][order[: i + 1]]) for i in range(60)]
+    assert calibration(table)[0].aurc == pytest.approx(np.mean(errors))
+    tied = ExitTable(np.full((1, 4), 0.5), [[0, 0, 1, 1]], [0, 0, 0, 0])
+    assert calibration(tied)[0].aurc == pytest.approx(0.5)
+    assert calibration(tied.subset(np.array([3, 1, 0, 2])))[0].aurc == pytest.approx(0.5)
+
+
+def test_failure_prediction_is_undefined_when_all_are_right():
+    table = ExitTable([[0.2, 0.9]], [[1, 1]], [1, 1])
+    assert np.isnan(calibration(table)[0].auroc)
+    assert calibration(table)[0].to_dict()["auroc"] is None
+
+
+def centred_alignment(x: np.ndarray, y: np.ndarray) -> float:
+    """CKA from its definition by the Hilbert-Schmidt criterion with an explicit centring matrix."""
+    n = len(x)
+    centre = np.eye(n) - np.full((n, n), 1 / n)
+
+    def hsic(a, b):
+        return np.trace(a @ a.T @ centre @ b @ b.T @ centre)
+
+    return hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
+
+
+@pytest.mark.parametrize("width", [3, 60])  # fewer and more features than samples
+def test_cka_equals_its_definition(width):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, width)), rng.normal(size=(40, 5))
+    assert cka(x, y) == pytest.approx(centred_alignment(x, y))
+
+
+def test_cka_ignores_rotation_scale_and_shift_and_takes_labels_one_hot():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 4))
+    rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    assert cka(x, torch.tensor(3 * x @ rotation + 7)) == pytest.approx(1.0)
+    labels = rng.integers(3, size=30)
+    assert cka(x, labels) == pytest.approx(centred_alignment(x, np.eye(3)[labels]))
+    assert np.isnan(cka(np.ones((30, 2)), x))
+    matrix = cka_matrix([x, x[:, :2]], labels)
+    assert matrix.shape == (3, 3) and (matrix == matrix.T).all() and (np.diag(matrix) == 1).all()
+    assert matrix[0, 1] == pytest.approx(cka(x, x[:, :2]))
+
+
+def test_ensemble_curve_weighs_exits_by_their_cost():
+    rng = np.random.default_rng(0)
+    logits, target, costs = rng.normal(size=(3, 50, 6)) * 2, rng.integers(6, size=50), np.array([1.0, 2.0, 5.0])
+    table = ExitTable.from_logits(logits, target)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for k, point in enumerate(ensemble_curve(table, costs)):
+        mean = (costs[: k + 1, None, None] * p[: k + 1]).sum(0) / costs[: k + 1].sum()
+        assert point.accuracy == pytest.approx((mean.argmax(-1) == target).mean())
+        np.testing.assert_allclose(table.running_ensemble(costs).confidence[k], mean.max(-1), rtol=1e-5)
