@@ -1,0 +1,243 @@
+"""Every command from its words to its output, on scikit-learn's digits and a small model with stored weights."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import exit_plugins
+from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, exit_costs
+from exit_plugins.cli import COMMANDS, main
+from exit_plugins.timm.data import open_dataset
+
+MODEL = "msdnet_test"
+DATA = ["--data", "digits", "--limit", "80"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint whose exits disagree, the table of 80 digits and a policy, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=10)
+    with torch.no_grad():
+        model.train()(torch.randn(64, 3, 32, 32))  # moves the norms' statistics off their start
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    weights = ["--checkpoint", str(folder / "model.safetensors")]
+    assert main(["evaluate", MODEL, *weights, *DATA, "--save-table", str(folder / "table.npz")]) == 0
+    assert main(["solve", MODEL, *weights, *DATA, "--budget", "80%", "-o", str(folder / "policy.json")]) == 0
+    return folder
+
+
+def weights(folder) -> list[str]:
+    return ["--checkpoint", str(folder / "model.safetensors")]
+
+
+def run_json(capsys, *words) -> object:
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            code = main([command, "--help"])
+            raise SystemExit(code)
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert ("exit-plugins " + command) in text or command == "train", f"{command} shows no example"
+    assert main([]) == 0
+    listing = capsys.readouterr().out
+    assert all(f"  {command} " in listing for command in COMMANDS)
+
+
+def test_module_and_command_are_the_same():
+    script = shutil.which("exit-plugins", path=str(__import__("pathlib").Path(sys.executable).parent))
+    for words in ([sys.executable, "-m", "exit_plugins"], *([[script]] if script else [])):
+        out = subprocess.run([*words, "solve", "--table"], capture_output=True, text=True)
+        assert out.returncode == 2 and "Traceback" not in out.stderr
+
+
+def test_profile_counts_what_exit_costs_counts(capsys):
+    found = run_json(capsys, "profile", MODEL, "--repeats", 2, "--plain", "test_resnet", "--num-classes", 10)
+    costs = exit_costs(timm.create_model(MODEL, num_classes=10), (3, 32, 32))
+    assert [row["macs"] for row in found["exits"]] == costs.macs.tolist()
+    assert [row["params"] for row in found["exits"]] == costs.params.tolist()
+    assert all(row["latency"] > 0 for row in found["exits"])
+    plain = timm.create_model("test_resnet", num_classes=10)
+    assert found["plain"]["params"] == sum(p.numel() for p in plain.parameters())
+    assert main(["profile", MODEL, "--no-latency"]) == 0
+    assert "exit 3" in capsys.readouterr().out
+
+
+def test_evaluate_reports_the_table_it_writes(folder, capsys):
+    table = ExitTable.load(folder / "table.npz")
+    assert (table.num_exits, table.num_samples) == (3, 80)
+    found = run_json(capsys, "evaluate", MODEL, *weights(folder), *DATA, "--policy", folder / "policy.json")
+    assert [row["accuracy"] for row in found["exits"]] == table.correct.mean(1).tolist()
+    policy = ExitPolicy.load(folder / "policy.json")
+    exits = policy.choose(table.confidence)
+    assert found["policy"]["shares"] == [(exits == k).mean() for k in range(3)]
+    again = run_json(capsys, "evaluate", MODEL, "--num-classes", 10, "--table", folder / "table.npz")
+    assert again["exits"] == found["exits"]
+    assert main(["evaluate", MODEL, "--num-classes", "10", "--table", str(folder / "table.npz")]) == 0
+    assert re.search(r"exit 3 .*%.*\[", capsys.readouterr().out)
+
+
+def test_solve_meets_each_kind_of_goal(folder, capsys, tmp_path):
+    common = [MODEL, "--num-classes", 10, "--table", folder / "table.npz", "-o", tmp_path / "p.json"]
+    costs = exit_costs(timm.create_model(MODEL, num_classes=10), (3, 32, 32)).macs
+    table = ExitTable.load(folder / "table.npz")
+    for budget, meant in (("70%", 0.7 * costs[-1]), ("6.5M", 6.5e6), ("6500000", 6.5e6)):
+        found = run_json(capsys, "solve", *common, "--budget", budget)
+        assert found["source"]["target"]["budget"] == pytest.approx(meant)
+        assert found["source"]["cost"] <= meant
+    found = run_json(capsys, "solve", *common, "--drop", 0.01, "--method", "exact")
+    assert found["source"]["accuracy"] >= table.correct[-1].mean() - 0.01
+    found = run_json(capsys, "solve", *common, "--certify", "crc", "--epsilon", 0.2, "--method", "shared")
+    assert found["certificate"]["samples"] == 40
+    run_json(capsys, "solve", *common, "--budget", "90%", "--temperatures", "--measure", "entropy", "--max-exit", 2)
+    policy = ExitPolicy.load(tmp_path / "p.json")
+    assert policy.measure == "entropy" and policy.last_exit == 1 and not (policy.temperatures == 1).all()
+    assert policy.model == {"architecture": MODEL, "num_exits": 3, "num_classes": 10}
+
+
+def test_solve_for_latency_takes_budgets_in_time(folder, capsys, tmp_path):
+    found = run_json(
+        capsys, "solve", MODEL, "--num-classes", 10, "--table", folder / "table.npz",
+        "--cost", "latency", "--budget", "100%", "-o", tmp_path / "p.json",
+    )  # fmt: skip
+    assert 0 < found["source"]["cost"] < 60
+
+
+def test_predict_answers_as_the_adaptive_model_does(folder, capsys, tmp_path):
+    view = open_dataset("digits", "validation")
+    for i in range(4):
+        view[i][0].save(tmp_path / f"{i}.png")
+    (tmp_path / "names.txt").write_text("\n".join(f"digit {i}" for i in range(10)))
+    found = run_json(
+        capsys, "predict", tmp_path, "--policy", folder / "policy.json", *weights(folder),
+        "--class-names", tmp_path / "names.txt",
+    )  # fmt: skip
+    model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(folder / "model.safetensors")).eval()
+    config = timm.data.resolve_data_config({}, model=model)
+    transform = timm.data.create_transform(**config)
+    adaptive = AdaptiveModel(model, ExitPolicy.load(folder / "policy.json"))
+    for row, i in zip(found, range(4), strict=True):
+        out = adaptive(transform(Image.open(tmp_path / f"{i}.png"))[None])
+        assert row["class"] == out.logits.argmax().item() and row["exit"] == out.exit_index.item() + 1
+        assert row["label"] == f"digit {row['class']}" and row["seconds"] > 0
+        assert row["confidence"] == pytest.approx(out.confidence.item(), rel=1e-5)
+
+
+def test_report_is_one_page_that_needs_no_other_file(folder, capsys, tmp_path):
+    page = tmp_path / "report.html"
+    found = run_json(capsys, "report", MODEL, *weights(folder), *DATA, "--budgets", 3, "-o", page)
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 6
+    assert not re.search(r"(?:src|href)\s*=\s*['\"](?!data:)", text)
+    for title in ("Accuracy over cost", "Easiest and hardest images", "Reliability", "Similarity of exits"):
+        assert title in text
+    assert len(found["budgets"]) == 3 and f"{100 * found['accuracy']:.2f}%" in text
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["evaluate", "msdnet_tset", *DATA], r"timm knows no model 'msdnet_tset'; did you mean msdnet_"),
+    (["evaluate", "test_resnet", *DATA], r"ResNet is not a multi-exit model"),
+    (["evaluate", MODEL, "--data", "no/such/folder"], r"no data at 'no/such/folder'"),
+    (["evaluate", MODEL, *DATA, "--checkpoint", "none.pt"], r"no checkpoint at none.pt"),
+    (["evaluate", MODEL, *DATA, "--policy", "none.json"], r"no policy at none.json"),
+    (["evaluate", MODEL], r"give --data to run the model on, or --table"),
+    (["evaluate", MODEL, *DATA, "--model-kwargs", "width"], r"takes NAME=VALUE, got 'width'"),
+    (["solve", MODEL, "--table", "none.npz", "--budget", "50%"], r"no exit table at none.npz"),
+    (["predict", "none.jpg", "--policy", "none.json"], r"no policy at none.json"),
+    (["report", MODEL], r"give --data"),
+])  # fmt: skip
+def test_errors_are_one_line_without_a_traceback(words, message, capsys):
+    assert main(words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1 and lines[0].startswith(f"exit-plugins {words[0]}: ")
+    assert re.search(message, lines[0])
+
+
+def test_budget_errors_are_one_line_too(folder, capsys):
+    common = ["solve", MODEL, "--num-classes", "10", "--table", str(folder / "table.npz")]
+    for budget, message in (("5%", "least possible mean cost"), ("lots", "'lots' is not a budget")):
+        assert main([*common, "--budget", budget]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_damaged_policy_and_image_are_one_line(folder, capsys, tmp_path):
+    (tmp_path / "p.json").write_text((folder / "policy.json").read_text()[:50])
+    (tmp_path / "x.png").write_text("no image")
+    assert main(["predict", str(tmp_path / "x.png"), "--policy", str(tmp_path / "p.json")]) == 2
+    assert "may be cut off" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "x.png"), "--policy", str(folder / "policy.json"), *weights(folder)]) == 2
+    assert "is not an image" in capsys.readouterr().err
+
+
+def test_random_weights_are_not_passed_over_in_silence(capsys):
+    assert main(["evaluate", MODEL, "--data", "digits", "--limit", "8"]) == 0
+    assert f"warning: {MODEL} has random weights" in capsys.readouterr().err
+
+
+def test_traceback_is_shown_when_asked_for():
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", MODEL, "--data", "nowhere", "--traceback"])
+
+
+def test_interrupted_evaluation_goes_on_from_its_part_file(folder, capsys, tmp_path, monkeypatch):
+    table = tmp_path / "t.npz"
+    words = ["evaluate", MODEL, *weights(folder), *DATA, "--batch-size", "16", "--save-table", str(table)]
+    from exit_plugins.exits import table as module
+
+    calls, ask = [], module._ask
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ask(*args)
+
+    monkeypatch.setattr(module, "_ask", stop)
+    assert main(words) == 130
+    assert table.with_name("t.npz.part").exists() and not table.exists()
+    assert main(words) == 0
+    assert len(calls) == 3 + 3  # two of five batches were kept
+    assert ExitTable.load(table).digest() == ExitTable.load(folder / "table.npz").digest()
+    assert not table.with_name("t.npz.part").exists()
+
+
+def test_train_hands_over_to_timm(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "no_such_train.py"])
+    assert "no_such_train.py" in capsys.readouterr().err
+
+
+def test_two_processes_print_once_and_the_same(folder, tmp_path):
+    pytest.importorskip("torch.distributed.run")
+    words = ["evaluate", MODEL, *weights(folder), *DATA, "--batch-size", "16", "--save-table", str(tmp_path / "t.npz")]
+    out = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "exit_plugins", *words],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count(f"{MODEL} on 80 images") == 1
+    assert ExitTable.load(tmp_path / "t.npz").digest() == ExitTable.load(folder / "table.npz").digest()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"exit-plugins {exit_plugins.__version__}"
