@@ -333,6 +333,8 @@ def _onnx_segments(model: nn.Module, images: Tensor) -> Iterable[Any]:
                 input_names=[f"leaf_{i}" for i in range(len(leaves))],
                 output_names=["logits", *(f"next_{i}" for i in range(len(outputs) - 1))],
                 verbose=False,
+                # onnxscript's rewriting got attention with random features wrong; the runtimes optimise themselves.
+                optimize=False,
             )
         if index < model.num_exits - 1:
             state = model.begin_exits(state) if index == 0 else state
