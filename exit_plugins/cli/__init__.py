@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(command)
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
     args = command.parse_args(argv[1:])
+    from .common import leave_processes
+
     try:
         return module.run(args)
     except KeyboardInterrupt:
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"exit-plugins {argv[0]}: {line}", file=sys.stderr)
         return 2
+    finally:
+        leave_processes()
 
 
 def _parser() -> argparse.ArgumentParser:

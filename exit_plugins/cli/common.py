@@ -211,6 +211,11 @@ def start_processes(args: argparse.Namespace) -> None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+def leave_processes() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
