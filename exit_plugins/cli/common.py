@@ -14,6 +14,7 @@ import numpy as np
 import timm
 import torch
 from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.models import load_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -90,11 +91,27 @@ def open_model(
     if ":" not in name and not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
         raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
-    model = timm.create_model(name, pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **kwargs)
+    model = timm.create_model(name, pretrained=args.pretrained, **kwargs)
     check_multi_exit(model)
+    if args.checkpoint:
+        _load_weights(model, name, args.checkpoint)
     if needs_weights and not args.checkpoint and not args.pretrained and ":" not in name:
         print(f"warning: {name} has random weights; give --checkpoint or --pretrained.", file=sys.stderr)
     return model.to(device_of(args)).eval()
+
+
+def _load_weights(model: nn.Module, name: str, checkpoint: str) -> None:
+    """Strictly; torch names every tensor that does not fit, a line should do."""
+    try:
+        load_checkpoint(model, checkpoint)
+    except RuntimeError as error:
+        faults = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        first = faults[0] if len(faults[0]) < 160 else faults[0][:160] + "..."
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{checkpoint} does not fit {name} with {getattr(model, 'num_classes', '?')} classes: {first}{more}; check "
+            "the name, --num-classes and --model-kwargs."
+        ) from error
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

@@ -4,8 +4,8 @@ Runs over several processes too (torchrun --nproc_per_node 2 -m exit_plugins eva
 --save-table an interrupted run goes on where it stopped.
 
 example:
-  exit-plugins evaluate dynperceiver_test --checkpoint runs/demo/model.safetensors --data digits --input-size 32 \\
-      --save-table runs/demo/test.npz --policy runs/demo/policy.json
+  exit-plugins evaluate dynperceiver_regnety_400mf --checkpoint model.safetensors --data path/to/images \\
+      --save-table test.npz --policy policy.json
 """
 
 import argparse

@@ -4,8 +4,7 @@ Every image is run alone, as a service would, so the time is what it took to rea
 policy was made for.
 
 example:
-  exit-plugins predict photos/*.jpg --policy runs/demo/policy.json --checkpoint runs/demo/model.safetensors \\
-      --input-size 32 --class-names digits
+  exit-plugins predict photos/*.jpg --policy policy.json --checkpoint model.safetensors --class-names names.txt
 """
 
 import argparse

@@ -3,8 +3,7 @@
 Thresholds are solved on --solve-split, or, by default, on a random half of the images; every figure is of the others.
 
 example:
-  exit-plugins report dynperceiver_test --checkpoint runs/demo/model.safetensors --data digits --input-size 32 \\
-      -o report.html
+  exit-plugins report dynperceiver_regnety_400mf --checkpoint model.safetensors --data path/to/images -o report.html
 """
 
 import argparse

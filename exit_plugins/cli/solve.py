@@ -4,9 +4,9 @@ Solve on images the model was not trained on. A guarantee (--certify) takes half
 the cheapest whose answers differ from the last exit's (or whose accuracy falls short of its) by at most --epsilon.
 
 examples:
-  exit-plugins solve dynperceiver_test --checkpoint runs/demo/model.safetensors --data digits --input-size 32 \\
-      --budget 80% -o policy.json
-  exit-plugins solve dynperceiver_test --table val.npz --certify ucb --epsilon 0.02 -o policy.json
+  exit-plugins solve dynperceiver_regnety_400mf --checkpoint model.safetensors --data path/to/images --split val \\
+      --budget 0.4G -o policy.json
+  exit-plugins solve dynperceiver_regnety_400mf --table val.npz --certify ucb --epsilon 0.02 -o policy.json
 """
 
 import argparse

@@ -186,6 +186,13 @@ def test_damaged_policy_and_image_are_one_line(folder, capsys, tmp_path):
     assert "is not an image" in capsys.readouterr().err
 
 
+def test_checkpoint_of_another_model_is_one_short_line(folder, capsys):
+    for words in (["chase_test", *weights(folder), *DATA], [MODEL, *weights(folder), *DATA, "--num-classes", "7"]):
+        assert main(["evaluate", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "model.safetensors does not fit" in line and "more); check the name" in line and len(line) < 500
+
+
 def test_random_weights_are_not_passed_over_in_silence(capsys):
     assert main(["evaluate", MODEL, "--data", "digits", "--limit", "8"]) == 0
     assert f"warning: {MODEL} has random weights" in capsys.readouterr().err
