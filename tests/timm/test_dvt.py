@@ -1,5 +1,7 @@
 """DVT against the published code's figures, the paper's tables and naive restatements."""
 
+import argparse
+import importlib
 import json
 import math
 import zlib
@@ -483,3 +485,24 @@ def test_stored_thresholds_become_policies(public_file, tmp_path):
         policies_from_checkpoint({"dynamic_threshold": [[0.5, 0.0]]}, model)
     with pytest.raises(FileNotFoundError):
         policies_from_checkpoint(tmp_path / "none.pth")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_counted_memory_is_what_the_allocator_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+    benchmark = importlib.import_module("dvt_memory")
+    figures = {}
+    for count in (True, False):
+        args = argparse.Namespace(device="cpu", amp=False, batch=16, count=count)
+        for label in ("three plain ViTs", "DVT"):
+            figures[label, count] = benchmark.measure("dvt_test", benchmark.VARIANTS[label], args, checkpointing=False)
+    for label in ("three plain ViTs", "DVT"):
+        counted, recorded = figures[label, True], figures[label, False]
+        assert counted["train"] == pytest.approx(recorded["train"], rel=0.01)
+        assert counted["inference"] <= recorded["inference"]  # kernels' inner copies are not counted
+    assert figures["DVT", True]["train"] > figures["three plain ViTs", True]["train"]
+    # Logits are handed on twice and never by the last exit.
+    tokens, channels = (2 * 2 + 1, 3 * 3 + 1), 3 * 2
+    assert benchmark.handed_on("dvt_test", 2) == [2 * channels * n * n * 4 for n in tokens] + [0]
