@@ -450,7 +450,10 @@ def _solve_lagrangian(
     if target.need is not None:
         small_target = _Target(None, int(np.ceil(target.need / split.num_samples * explored.num_samples)))
     found: list[tuple[_Point, float]] = []
+    # The starts themselves are answers too: with fewer degrees of freedom, they are what a held-out split may prefer.
+    points = [split.point(split.everybody_first()), split.point(split.nobody_early())]
     for thresholds in _starts(explored, small_target):
+        points.append(split.point(thresholds))
         ends = _bisect_price(explored, thresholds, small_target, low=1e-4, high=1e3, steps=9)
         price = ends[-1][0]
         for start in (explored.point(thresholds), *(point for _, point in ends)):
@@ -458,8 +461,7 @@ def _solve_lagrangian(
     feasible = [f for f in found if small_target.met(f[0].correct, f[0].cost)]
     ranked = sorted(feasible or found, key=lambda f: small_target.score(f[0]), reverse=True)
     if explored is split:
-        return [f[0] for f in ranked] + [split.point(split.everybody_first()), split.point(split.nobody_early())]
-    points = [split.point(split.everybody_first()), split.point(split.nobody_early())]
+        return [f[0] for f in ranked] + points
     seen: set[tuple[float, ...]] = set()
     for point, price in ranked:
         key = tuple(np.round(_shares(explored, point.thresholds), 2))
