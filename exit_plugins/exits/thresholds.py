@@ -164,6 +164,16 @@ class _Target:
         return max((p for p in points if self.met(p.correct, p.cost)), key=self.score, default=None)
 
 
+def _cuts(values: np.ndarray) -> np.ndarray:
+    """How many of ``values`` (N,), sorted from high to low with NaN last, a threshold can have at or above it.
+
+    A cut lies only where the value changes, so ties stay together; NaN is never above a threshold and +inf always is.
+    """
+    changes = np.flatnonzero(values[:-1] != values[1:]) + 1
+    cuts = np.unique(np.concatenate([[0], changes, [len(values)]]))
+    return cuts[(cuts >= (values == np.inf).sum()) & (cuts <= len(values) - np.isnan(values).sum())]
+
+
 class _Split:
     """A table made ready for line searches: per exit the samples sorted by confidence and the cuts between them."""
 
@@ -173,16 +183,8 @@ class _Split:
         self.extra = costs - costs[0]
         self.samples = np.arange(self.num_samples)
         self.orders = [_descending(c) for c in confidence]
-        # A cut is how many of the sorted samples are at or above the threshold. It lies only where the value changes,
-        # NaN is never above a threshold, and a confidence of +inf always is.
-        self.values, self.cuts = [], []
-        for c, order in zip(confidence, self.orders, strict=True):
-            values = c[order]
-            ends = np.flatnonzero(np.append(values[:-1] != values[1:], True)) + 1
-            cuts = np.concatenate([[0], ends])
-            at_least, at_most = (values == np.inf).sum(), len(values) - np.isnan(values).sum()
-            self.values.append(values)
-            self.cuts.append(cuts[(cuts >= at_least) & (cuts <= at_most)])
+        self.values = [c[order] for c, order in zip(confidence, self.orders, strict=True)]
+        self.cuts = [_cuts(values) for values in self.values]
 
     @classmethod
     def of(cls, table: ExitTable, costs: np.ndarray) -> "_Split":
@@ -262,26 +264,17 @@ class _Split:
 
     def _line(self, point: _Point, k: int, target: _Target) -> _Point | None:
         """The best point that meets the target when only threshold ``k`` moves."""
-        shallow = self.leaves(0, point.thresholds[0]) if k > 0 else None
-        for j in range(1, k):
-            shallow |= self.leaves(j, point.thresholds[j])
-        thresholds = point.thresholds.copy()
-        thresholds[: k + 1] = np.inf
-        later = self.exits_after(k, thresholds)
-        order = self.orders[k] if shallow is None else self.orders[k][~shallow[self.orders[k]]]
-        # Cuts among the samples that get here, found from the values, so that ties stay together.
-        values = self.values[k] if shallow is None else self.confidence[k][order]
-        changes = np.append(values[:-1] != values[1:], True) if len(values) else np.zeros(0, dtype=bool)
-        cuts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-        cuts = cuts[(cuts >= (values == np.inf).sum()) & (cuts <= len(values) - np.isnan(values).sum())]
-        downstream = later[order]
-        gain = self.correct[k][order].astype(np.int64) - self.correct[downstream, order]
-        spent = self.extra[k] - self.extra[downstream]
-        start_exits = later if shallow is None else np.where(shallow, self.exits(point.thresholds), later)
-        base_correct = int(self.correct[start_exits, self.samples].sum())
-        base_extra = float(self.extra[start_exits].sum())
-        correct = base_correct + np.concatenate([[0], np.cumsum(gain)])[cuts]
-        extra = base_extra + np.concatenate([[0.0], np.cumsum(spent)])[cuts]
+        exits = self.exits(point.thresholds)
+        order = self.orders[k][exits[self.orders[k]] >= k]  # the samples that get here, surest first
+        values = self.confidence[k][order]
+        cuts = _cuts(values)
+        later = self.exits_after(k, point.thresholds)[order]
+        gain = self.correct[k][order].astype(np.int64) - self.correct[later, order]
+        spent = self.extra[k] - self.extra[later]
+        # What it comes to when nobody leaves here, then for every cut.
+        exits[order] = later
+        correct = int(self.correct[exits, self.samples].sum()) + np.concatenate([[0], np.cumsum(gain)])[cuts]
+        extra = float(self.extra[exits].sum()) + np.concatenate([[0.0], np.cumsum(spent)])[cuts]
         # The running sums carry rounding: they propose, an exact evaluation decides.
         if target.need is None:
             room = (target.budget - self.costs[0]) * self.num_samples
