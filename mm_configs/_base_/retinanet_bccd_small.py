@@ -1,5 +1,5 @@
 # Differs for training on a CPU in minutes: images of 256x192, a head and a pyramid of a quarter of the width with half
-# the convolutions, batches of 4, 12 epochs at twice the rate.
+# the convolutions, batches of 4, 6 epochs at twice the rate.
 _base_ = "./retinanet_bccd.py"
 
 image_scale = (256, 192)
@@ -25,11 +25,11 @@ model = dict(
     bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=2),
 )
 
-max_epochs = 12
-train_cfg = dict(max_epochs=max_epochs)
+max_epochs = 6
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 auto_scale_lr = dict(base_batch_size=4)
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=30),
     dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
 ]
