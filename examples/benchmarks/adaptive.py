@@ -15,7 +15,7 @@ import argparse
 import numpy as np
 import timm
 import torch
-from timing import interleaved, machine, spread, write_json
+from timing import add_clock_arguments, interleaved, machine, spread, use_clock, write_json
 
 from exit_plugins import AdaptiveModel, ExitPolicy, collect_exits, exit_costs
 
@@ -62,7 +62,7 @@ class Segments:
 
 @torch.inference_mode()
 def measure(
-    model: torch.nn.Module, pool: torch.Tensor, batch: int, repeats: int, lazy: bool, options: dict
+    model: torch.nn.Module, pool: torch.Tensor, batch: int, repeats: int, lazy: bool, cpu_time: bool, options: dict
 ) -> list[dict]:
     """One row per mix for one batch size."""
     device = pool.device
@@ -98,7 +98,7 @@ def measure(
     runs = {"full": whole_pool(everything)}
     runs |= {f"segment {index}": single_segment(index) for index in range(num_exits)}
     runs |= {name: whole_pool(engine) for name, engine in engines.items()}
-    times = interleaved(runs, repeats, device=device)
+    times = interleaved(runs, repeats, device=device, cpu_time=cpu_time)
     segment_time = np.array([np.median(times[f"segment {index}"]) for index in range(num_exits)])
     rows = []
     for name in MIXES:
@@ -131,7 +131,7 @@ def main() -> None:
         "--images", type=int, default=64, help="size of the pool (a multiple of every batch size is used)"
     )
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_clock_arguments(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the segments (CUDA graphs on a GPU)")
     parser.add_argument("--fuse", action="store_true", help="run a copy with batch norms folded, in channels_last")
@@ -143,7 +143,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    use_clock(args)
     model = timm.create_model(args.model).eval().to(args.device)
     _, height, width = model.pretrained_cfg["input_size"]
     options = {"compile": args.compile, "fuse": args.fuse, "dtype": getattr(torch, args.dtype)}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import timm
 import torch
-from timing import interleaved, machine, spread, write_json
+from timing import add_clock_arguments, interleaved, machine, spread, use_clock, write_json
 from torch import Tensor, nn
 
 from exit_plugins import AdaptiveModel, ExitPolicy, MultiExit, exit_costs
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", default=["eager"], choices=("eager", "compiled", "onnx", "openvino"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_clock_arguments(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -87,7 +87,7 @@ def main() -> None:
         parser.error(f"name the plain network to compare {args.model} with: --plain NAME")
 
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    use_clock(args)
     model, plain = timm.create_model(args.model).eval().to(args.device), OneExit(plain_name).eval().to(args.device)
     size = model.pretrained_cfg["input_size"]
     macs, plain_macs = exit_costs(model, size).macs, exit_costs(plain, size).macs[0]
@@ -101,7 +101,7 @@ def main() -> None:
                 images = torch.randn(batch, *size, device=args.device)
                 runs = {"plain": to_exit(theirs, 0, images)}
                 runs |= {f"exit {k + 1}": to_exit(ours, k, images) for k in range(model.num_exits)}
-                times = interleaved(runs, args.repeats, warmup=3, device=args.device)
+                times = interleaved(runs, args.repeats, warmup=2, device=args.device, cpu_time=args.cpu_time)
                 for k in range(model.num_exits):
                     ratio = times[f"exit {k + 1}"] / times["plain"]
                     row = {

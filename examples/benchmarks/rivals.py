@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from adaptive import MIXES, forced_policy
-from timing import interleaved, machine, spread, write_json
+from timing import add_clock_arguments, interleaved, machine, spread, use_clock, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,12 +108,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_clock_arguments(parser)
     parser.add_argument("--json")
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    use_clock(args)
     model = timm.create_model(args.model).eval()
     size = model.pretrained_cfg["input_size"]
     macs = exit_costs(model, size).macs
@@ -147,7 +147,9 @@ def main() -> None:
         def over_pool(run, batches=batches):
             return lambda: [run(images) for images in batches] and None
 
-        times = interleaved({name: over_pool(run) for name, (run, _) in rivals.items()}, args.repeats)
+        times = interleaved(
+            {name: over_pool(run) for name, (run, _) in rivals.items()}, args.repeats, cpu_time=args.cpu_time
+        )
         for name, (_, cost) in rivals.items():
             each = spread(times[name] / len(pool))
             rows.append({"name": name, "batch": batch, "macs": float(cost), "per_image": each})

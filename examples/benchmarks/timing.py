@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, the machine's description and the JSON they leave."""
 
+import argparse
 import json
 import platform
 import time
@@ -17,20 +18,29 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], None]], repeats: int, warmup: int = 1, device: torch.device | str = "cpu"
+    runs: dict[str, Callable[[], None]],
+    repeats: int,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    cpu_time: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Seconds (repeats,) of every callable. Each repeat runs all of them: a drift of the machine touches all alike."""
+    """Seconds (repeats,) of every callable. Each repeat runs all of them: a drift of the machine touches all alike.
+
+    With ``cpu_time`` these are the process's CPU seconds. On one thread of an idle machine both are the same; on a
+    machine that others use too, only CPU seconds leave the waiting for them out.
+    """
+    clock = time.process_time if cpu_time else time.perf_counter
     times = {name: np.zeros(repeats) for name in runs}
     device = torch.device(device)
     for repeat in range(-warmup, repeats):
         # The order is turned round every time: whoever runs after a large neighbour finds cold caches.
         for name in runs if repeat % 2 else reversed(runs):
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
             synchronize(device)
             if repeat >= 0:
-                times[name][repeat] = time.perf_counter() - start
+                times[name][repeat] = clock() - start
     return times
 
 
@@ -38,6 +48,21 @@ def spread(times: np.ndarray) -> dict[str, float]:
     """Median, p95 and interquartile range of some times, in milliseconds."""
     low, median, high, p95 = np.percentile(np.asarray(times) * 1e3, [25, 50, 75, 95])
     return {"median_ms": float(median), "p95_ms": float(p95), "iqr_ms": float(high - low)}
+
+
+def add_clock_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU seconds of one thread instead of the clock, for a machine that others use too",
+    )
+
+
+def use_clock(args: argparse.Namespace) -> None:
+    if args.cpu_time and args.threads != 1:
+        raise SystemExit("--cpu-time adds up the seconds of all threads: give --threads 1 with it.")
+    torch.set_num_threads(args.threads)
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:

@@ -300,9 +300,16 @@ class _Segment(nn.Module):
         if self.index == 0:
             state = self.model.begin_exits(state)
         logits, state = self.model.forward_exit(self.index, state)
-        if self.index == self.model.num_exits - 1:
-            return (logits,)
-        return (logits, *pytree.tree_leaves(state))
+        outputs = [logits]
+        if self.index < self.model.num_exits - 1:
+            outputs += pytree.tree_leaves(state)
+        # What is handed on unchanged or twice must be a value of its own: one name in the file cannot stand for two.
+        taken = [id(leaf) for leaf in leaves]
+        for position, output in enumerate(outputs):
+            if id(output) in taken:
+                outputs[position] = output.clone()
+            taken.append(id(output))
+        return tuple(outputs)
 
 
 @torch.no_grad()
@@ -330,7 +337,7 @@ def _onnx_segments(model: nn.Module, images: Tensor) -> Iterable[Any]:
                 program,
                 dynamo=True,
                 opset_version=_OPSET,
-                input_names=[f"leaf_{i}" for i in range(len(leaves))],
+                input_names=_leaf_names(len(leaves)),
                 output_names=["logits", *(f"next_{i}" for i in range(len(outputs) - 1))],
                 verbose=False,
                 # onnxscript's rewriting got attention with random features wrong; the runtimes optimise themselves.
@@ -510,6 +517,11 @@ def _to_openvino(path: Path) -> str:
     return path.with_suffix(".xml").name
 
 
+def _leaf_names(count: int) -> list[str]:
+    """Names of a segment's inputs in the files."""
+    return [f"leaf_{index}" for index in range(count)]
+
+
 # Runtimes
 
 
@@ -537,7 +549,7 @@ def _inference_session(path: Path, threads: int | None) -> Any:
 
 def _onnx_session(path: Path, threads: int | None, bfloat16: bool) -> _Session:
     session = _inference_session(path, threads)
-    names = [value.name for value in session.get_inputs()]
+    names = _leaf_names(len(session.get_inputs()))
     return _Session(names, lambda leaves: session.run(None, dict(zip(names, leaves, strict=True))))
 
 
@@ -559,13 +571,18 @@ def _openvino_session(path: Path, threads: int | None, bfloat16: bool) -> _Sessi
         for_one = core.compile_model(model, "CPU", config)
     except Exception as error:
         raise ValueError(f"OpenVINO cannot load {path}: {str(error).splitlines()[0]}") from error
-    names = [value.any_name for value in model.inputs]
+    # OpenVINO orders inputs and outputs as it likes, and joins outputs that are the same tensor: names tell.
+    read = {name for value in model.inputs for name in value.names}
+    written = {name for value in model.outputs for name in value.names}
+    names = ["logits", *(f"next_{index}" for index in range(len(written)) if f"next_{index}" in written)]
 
     def run(leaves: list[np.ndarray]) -> list[np.ndarray]:
         compiled = for_one if len(leaves[0]) == 1 else for_batches
-        return list(compiled(leaves, share_inputs=True).to_tuple())
+        given = zip(_leaf_names(len(leaves)), leaves, strict=True)
+        results = compiled({name: leaf for name, leaf in given if name in read}, share_inputs=True)
+        return [results[name] for name in names]
 
-    return _Session(names, run)
+    return _Session(sorted(read), run)
 
 
 def _require(name: str, package: str | None = None) -> ModuleType:
