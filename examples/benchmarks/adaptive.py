@@ -152,7 +152,13 @@ def main() -> None:
         count = max(args.images // batch, 1) * batch
         pool = torch.randn(count, 3, args.size or height, args.size or width, device=args.device)
         rows += measure(
-            model, pool * torch.rand(count, 1, 1, 1, device=args.device) * 3, batch, args.repeats, args.measure, options
+            model,
+            pool * torch.rand(count, 1, 1, 1, device=args.device) * 3,
+            batch,
+            args.repeats,
+            args.measure,
+            args.cpu_time,
+            options,
         )
     print(f"{args.model}, forced mixes, {args.threads} threads, {args.device}")
     print(f"{'batch':>5} {'mix':<10} {'speed-up':>8} {'iqr':>6} {'ideal':>6} {'of it':>6} {'MACs':>6} {'p50 ms':>8}")

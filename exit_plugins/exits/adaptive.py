@@ -63,7 +63,8 @@ class AdaptiveModel(nn.Module):
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"mixed precision runs in torch.bfloat16 or torch.float16, got {dtype}.")
         self.model = _inference_copy(model) if fuse else model.eval()
-        self.runner = CompiledSegments(self.model) if compile else self.model
+        # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
+        self.__dict__["runner"] = CompiledSegments(self.model) if compile else self.model
         self.policy = policy  # the property: checked against the model
         self.dtype = None if dtype is torch.float32 else dtype
         self.times: SegmentTimes | None = None

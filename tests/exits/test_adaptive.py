@@ -118,6 +118,16 @@ def test_nan_images_go_to_the_last_exit_and_are_reported(case):
         AdaptiveModel(model, ExitPolicy([*early, 0]))(images[:3])
 
 
+def test_holds_the_weights_once():
+    model, images = build("conv")
+    for compile in (False, True):
+        adaptive = AdaptiveModel(model, ExitPolicy([0.4, 0.4, 0]), compile=compile)
+        assert set(adaptive.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    copied = copy.deepcopy(AdaptiveModel(model, ExitPolicy([0.4, 0.4, 0])))
+    assert copied.runner is copied.model is not model
+    assert torch.equal(copied(images).exit_index, AdaptiveModel(model, ExitPolicy([0.4, 0.4, 0]))(images).exit_index)
+
+
 def test_leaves_the_model_as_it_was():
     model, images = build("conv")
     before = {name: value.clone() for name, value in model.state_dict().items()}
