@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -78,6 +79,34 @@ def test_profile_counts_what_exit_costs_counts(capsys):
     assert found["plain"]["params"] == sum(p.numel() for p in plain.parameters())
     assert main(["profile", MODEL, "--no-latency"]) == 0
     assert "exit 3" in capsys.readouterr().out
+
+
+def test_plain_networks_to_compare_with_exist():
+    from exit_plugins.cli.profile import PLAIN
+
+    assert all(timm.is_model(name) for name in PLAIN.values())
+    assert all(any(ours.startswith(name) for ours in exit_plugins.timm.list_models()) for name in PLAIN)
+
+
+def test_data_set_that_streams_gives_the_same_table(folder, capsys, tmp_path, monkeypatch):
+    from exit_plugins.cli import common
+
+    class Stream:
+        """What timm's tfds and wds readers are to a loader: iterable, without length or index."""
+
+        transform = None
+
+        def __iter__(self):
+            view = open_dataset("digits", "validation")
+            for i in np.sort(np.random.default_rng(0).permutation(len(view))[:80]):
+                image, target = view[i]
+                yield self.transform(image), target
+
+    monkeypatch.setattr(common, "create_dataset", lambda name, **kwargs: Stream())
+    table = tmp_path / "t.npz"
+    words = [MODEL, *weights(folder), "--num-classes", "10", "--data", "wds/digits", "--save-table", str(table)]
+    assert main(["evaluate", *words]) == 0
+    assert ExitTable.load(table).digest() == ExitTable.load(folder / "table.npz").digest()
 
 
 def test_evaluate_reports_the_table_it_writes(folder, capsys):
