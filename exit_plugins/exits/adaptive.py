@@ -99,7 +99,22 @@ class AdaptiveModel(nn.Module):
     def forward(self, images: Tensor) -> ExitOutput:
         images = self._checked(images)
         with self._precision(images.device):
-            return self._run(images)
+            return self._run_one(images) if len(images) == 1 else self._run(images)
+
+    def _run_one(self, images: Tensor) -> ExitOutput:
+        """A single sample needs no gathers: it goes on or it is done."""
+        state = self.runner.begin_exits(images)
+        last = self.policy.last_exit
+        for index, (threshold, temperature) in enumerate(zip(self._thresholds, self._temperatures, strict=True)):
+            logits, state = self.runner.forward_exit(index, state)
+            sure = confidence(logits, self.policy.measure, temperature).float()
+            if index == last or float(sure) >= threshold:  # the one synchronisation of this exit
+                break
+        if index == last:
+            self._report_nan(sure)
+        # A copy where the logits are the runner's own memory (CUDA graphs), which the next image overwrites.
+        logits = logits.to(_result_dtype(logits), copy=isinstance(self.runner, CompiledSegments))
+        return ExitOutput(logits, torch.full((1,), index, device=images.device), sure)
 
     def _run(self, images: Tensor) -> ExitOutput:
         batch, device = images.shape[0], images.device
