@@ -46,8 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default="digits", help="digits, an image folder, or a timm dataset (torch/cifar100)")
     parser.add_argument("--data-dir", help="where a timm dataset lies")
     parser.add_argument("--model", help="any model of this package; default a small Dyn-Perceiver")
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--image-size", type=int, default=112)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
@@ -100,6 +100,7 @@ def measure_speedup(adaptive: AdaptiveModel, images: torch.Tensor, batch: int, m
     ``ideal_macs``: the same with MACs in the place of times.
     """
     model, batches = adaptive.model, list(images.split(batch))
+    batches = [x for x in batches if len(x) == batch] or batches  # the ideal is of full batches too
     model(batches[0]), adaptive(batches[0])
     ratios = []
     for _ in range(rounds):

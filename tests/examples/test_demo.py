@@ -26,7 +26,7 @@ def test_the_demo_leaves_a_model_a_policy_a_report_and_pictures(tmp_path):
         for i in range(40):
             pixels = np.clip(rng.normal(shade, 30, (64, 64, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    done = run("--data", "data", "--model", "dynperceiver_test", "--epochs", "1", "--batch-size", "8", cwd=tmp_path)
+    done = run("--data", "data", "--model", "dynperceiver_test", "--epochs", "1", "--image-size", "64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     output = tmp_path / "runs" / "demo"
     report = json.loads((output / "report.json").read_text())
