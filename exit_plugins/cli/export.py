@@ -5,8 +5,8 @@ one ONNX file in which every image leaves by itself, for any program that runs O
 quantised, on images of --data, and the accuracy of every exit is shown before and after.
 
 example:
-  exit-plugins export dynperceiver_test --checkpoint runs/demo/model.safetensors --policy runs/demo/policy.json \\
-      --num-classes 10 --input-size 32 --output runs/demo/onnx
+  exit-plugins export chase_cifar --num-classes 100 --checkpoint runs/chase/model/model.safetensors \\
+      --policy runs/chase/policy.json --output runs/chase/onnx
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """Model cards that name every exit: what timm's own card and configuration do not have a place for."""
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_input_data_config
 from timm.models._hub import generate_readme
 from torch import nn
@@ -18,6 +20,7 @@ __all__ = ["model_card", "save_for_hf"]
 
 _USAGE = """```python
 import timm
+import torch
 import exit_plugins  # registers {name}
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
@@ -99,6 +102,9 @@ def save_for_hf(
     card = card or model_card(model, accuracies, dataset)
     kwargs["model_config"] = {"exits": stats, **(kwargs.get("model_config") or {})}
     folder = Path(folder)
+    if any(not tensor.is_contiguous() for tensor in model.state_dict().values()):
+        # safetensors refuses channels_last weights; the model itself keeps them.
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(model, str(folder), safe_serialization=safe_serialization, **kwargs)
     with atomic_write(folder / "README.md") as file:
         file.write(generate_readme(card, model.pretrained_cfg["architecture"]))

@@ -366,3 +366,10 @@ def test_pretrained_file_loads_and_other_classes_drop_every_head(name, tmp_path)
     damaged.write_bytes(path.read_bytes()[:1000])
     with pytest.raises((ValueError, RuntimeError)):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(damaged)))
+
+
+def test_channels_last_weights_are_saved_too(name, tmp_path):
+    model = make(name).to(memory_format=torch.channels_last)
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
