@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, the machine's description and the JSON they leave."""
 
 import argparse
+import ctypes
 import json
 import platform
 import time
@@ -57,12 +58,32 @@ def add_clock_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="CPU seconds of one thread instead of the clock, for a machine that others use too",
     )
+    parser.add_argument(
+        "--system-malloc",
+        action="store_true",
+        help="leave the C library's allocator as it is: it gives large blocks back to the system at once",
+    )
 
 
 def use_clock(args: argparse.Namespace) -> None:
     if args.cpu_time and args.threads != 1:
         raise SystemExit("--cpu-time adds up the seconds of all threads: give --threads 1 with it.")
     torch.set_num_threads(args.threads)
+    if not args.system_malloc:
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, as the allocators of servers do (jemalloc, tcmalloc); no effect elsewhere.
+
+    By default it returns blocks over 32 MB to the system and asks for them anew, so that networks on large batches are
+    timed zeroing pages: the same network then takes once or twice the time, by chance.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_max, trim_threshold = -4, -1  # as malloc.h numbers them
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 1 << 30)
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:

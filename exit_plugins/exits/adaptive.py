@@ -62,7 +62,7 @@ class AdaptiveModel(nn.Module):
         check_multi_exit(model)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"mixed precision runs in torch.bfloat16 or torch.float16, got {dtype}.")
-        self.model = _inference_copy(model) if fuse else model.eval()
+        self.model = inference_copy(model) if fuse else model.eval()
         # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
         self.__dict__["runner"] = CompiledSegments(self.model) if compile else self.model
         self.policy = policy  # the property: checked against the model
@@ -188,7 +188,7 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _inference_copy(model: nn.Module) -> nn.Module:
+def inference_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that computes the same faster and cannot be trained."""
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     if callable(getattr(fused, "fuse", None)):

@@ -1,7 +1,8 @@
 """Deployment: one file per segment for ONNX Runtime or OpenVINO, or one ONNX file in which samples leave inside.
 
-Nothing is written that was not first run beside torch: every exit's logits, and adaptive runs in which nobody, some and
-everybody leaves early, must agree within 1e-4. Needs the ``export`` extra.
+What is exported is the model's form for inference (its ``fuse()``, where it has one). Nothing is written that was not
+first run beside the model itself in torch: every exit's logits, and adaptive runs in which nobody, some and everybody
+leaves early, must agree within 1e-4. Needs the ``export`` extra.
 """
 
 import copy
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .adaptive import AdaptiveModel, ExitOutput
+from .adaptive import AdaptiveModel, ExitOutput, inference_copy
 from .confidence import confidence
 from .policy import ExitPolicy, describe_model
 from .protocol import MultiExit, State, check_multi_exit
@@ -73,7 +74,7 @@ def export_segments(
     images = _images(model, input_size)
     with _written_whole(folder) as part:
         segments = []
-        for index, onnx_model in enumerate(_onnx_segments(model, images)):
+        for index, onnx_model in enumerate(_onnx_segments(inference_copy(model), images)):
             name = f"segment_{index}.onnx"
             onnx_model.save(part / name)
             segments.append(name if format == "onnx" else _to_openvino(part / name))
@@ -101,8 +102,8 @@ def export_graph(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         part = Path(scratch) / "model.onnx"
-        onnx = _require("onnx")
-        onnx.save(_adaptive_graph([program.model_proto for program in _onnx_segments(model, images)], policy), part)
+        segments = [program.model_proto for program in _onnx_segments(inference_copy(model), images)]
+        _require("onnx").save(_adaptive_graph(segments, policy), part)
         _verify_graph(model, policy, GraphRunner(part), images)
         os.replace(part, path)
     return GraphRunner(path)

@@ -29,8 +29,8 @@ from .layers import (
     FusedLayer,
     add_residual,
     check_image,
-    fold_batch_norms,
     fold_layer_norm,
+    fuse_convolutions,
     project,
     transposed,
 )
@@ -206,6 +206,22 @@ _BRANCHES: dict[str, Callable[..., FeatureBranch]] = {
     "resnet": _resnet,
     "mobilenetv3": _mobilenetv3,
 }
+
+
+class FusedRegNetBlock(nn.Module):
+    """What a RegNet-Y block computes once its convolutions are fused: the rest of it in their memory, for inference."""
+
+    def __init__(self, block: RegNetBottleneck) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = block.conv1.conv, block.conv2.conv, block.conv3.conv
+        self.squeeze, self.excite = block.se.fc1, block.se.fc2
+        self.downsample = block.downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H', W')."""
+        y = self.conv2(self.conv1(x).relu_()).relu_()
+        gate = self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu_()).sigmoid_()
+        return add_residual(self.downsample(x), self.conv3(y.mul_(gate))).relu_()
 
 
 def _to_tokens(x: Tensor) -> Tensor:
@@ -800,7 +816,11 @@ class DynPerceiver(MultiExit, nn.Module):
         reductions = [self.stem_reduction, *(info["reduction"] for info in self.feature_info)]
         for stage, reduction in zip(self.stages, reductions[: self.num_stages], strict=True):
             stage.fuse(*(-(-side // reduction) for side in image_size))
-        fold_batch_norms(self)
+        fuse_convolutions(self)
+        for stage in self.stages:
+            stage.blocks = nn.Sequential(
+                *[FusedRegNetBlock(b) if isinstance(b, RegNetBottleneck) else b for b in stage.blocks]
+            )
         return self.eval().to(memory_format=torch.channels_last)
 
 

@@ -12,10 +12,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 __all__ = [
     "FusedBlock",
     "FusedLayer",
+    "PointwiseConv",
     "add_residual",
     "check_image",
     "fold_batch_norms",
     "fold_layer_norm",
+    "fuse_convolutions",
     "project",
     "transposed",
 ]
@@ -65,6 +67,51 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     for parent, name, norm_name, folded in list(_foldable(module)):
         setattr(parent, name, folded)
         setattr(parent, norm_name, getattr(getattr(parent, norm_name), "act", nn.Identity()))
+    return module
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution as what it is on a ``channels_last`` map: one matrix product over its positions.
+
+    For inference. torch's own kernel takes single images out of that layout and back. Exported and compiled graphs
+    keep the convolution: their engines choose kernels themselves.
+    """
+
+    @staticmethod
+    def replaces(module: nn.Module) -> bool:
+        """Whether ``module`` is a convolution this one can stand for."""
+        return (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (1, 1)
+            and module.groups == 1
+            and module.padding in ("valid", (0, 0))
+        )
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "PointwiseConv":
+        """The same convolution, with the same parameters."""
+        pointwise = cls(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False, device="meta")
+        pointwise.weight, pointwise.bias = conv.weight, conv.bias
+        return pointwise.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H', W')."""
+        if torch.compiler.is_compiling():
+            return self._conv_forward(x, self.weight, self.bias)
+        if self.stride != (1, 1):
+            x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def fuse_convolutions(module: nn.Module) -> nn.Module:
+    """``fold_batch_norms``, and 1x1 convolutions as ``PointwiseConv``, in place; return ``module``.
+
+    Fast in ``channels_last``, right in any layout.
+    """
+    for parent in list(fold_batch_norms(module).modules()):
+        for name, child in list(parent.named_children()):
+            if PointwiseConv.replaces(child):
+                setattr(parent, name, PointwiseConv.of(child))
     return module
 
 

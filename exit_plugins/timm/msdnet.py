@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
 from ._checkpoints import build_with_checkpoint, unwrap_state_dict
-from .layers import check_image, fold_batch_norms
+from .layers import check_image, fuse_convolutions
 
 __all__ = ["MSDNet"]
 
@@ -475,7 +475,7 @@ class MultiScaleNet(MultiExit, nn.Module):
 
     def fuse(self) -> "MultiScaleNet":
         """Fold the batch norms into the convolutions before them, in place and for inference only; return ``self``."""
-        return fold_batch_norms(self.eval())
+        return fuse_convolutions(self.eval())
 
     def forward_exit(self, index: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run the layers of segment ``index``; logits (B, num_classes) and the maps that later layers read."""

@@ -1,4 +1,4 @@
-"""What the benchmarks rely on: forced mixes have the asked shares, and token merging is ToMe's."""
+"""What the benchmarks rely on: modes compute the same, forced mixes have their shares, token merging is ToMe's."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from adaptive import MIXES, forced_policy
+from modes import MODES, OneExit, runner, to_exit
 from rivals import MergingTransformer, merge_tokens
 from timing import interleaved, spread
 
@@ -23,6 +24,26 @@ def test_forced_mixes_have_their_shares(num_exits):
         exits = forced_policy(confidence, shares).choose(confidence)
         found = np.bincount(exits, minlength=num_exits) / 840
         np.testing.assert_allclose(found[:-1], shares, atol=1 / 840, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith("compiled")])
+def test_every_mode_times_the_same_network(mode, monkeypatch):
+    if mode.startswith(("onnx", "openvino")):
+        pytest.importorskip("openvino" if mode == "openvino" else "onnxruntime")
+    torch.manual_seed(0)
+    plain = OneExit("test_resnet").eval()
+    size = (3, 64, 64)
+    images = torch.randn(4, *size)
+    reduced = mode.endswith(("bfloat16", "int8"))
+    with torch.inference_mode():
+        expected = plain.network(images)
+        model = runner(plain, mode, size, threads=1)
+        close = dict(atol=0.2 * expected.abs().max().item(), rtol=0) if reduced else dict(atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(images).logits, expected, **close)
+        ran = []
+        monkeypatch.setattr(model.runner, "forward_exit", lambda index, state: (ran.append(index), state))
+        to_exit(model, 2, images)
+    assert ran == [0, 1, 2]
 
 
 def test_token_merging_equals_its_definition():

@@ -1,0 +1,81 @@
+"""The ways of running a network that the benchmarks compare."""
+
+import tempfile
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from exit_plugins import AdaptiveModel, ExitPolicy, MultiExit
+from exit_plugins.exits.export import ExportedSegments, export_segments, quantize_segments
+from exit_plugins.timm.layers import fold_batch_norms
+
+MODES = {
+    "eager": "torch as a timm user runs it: channels_last, nothing fused",
+    "fused": "torch, eager, in the form for inference (fuse=True)",
+    "bfloat16": "fused, in mixed precision",
+    "compiled": "fused, and torch.compile (with CUDA graphs on a GPU)",
+    "compiled-bfloat16": "compiled, in mixed precision",
+    "onnx": "exported, ONNX Runtime",
+    "onnx-int8": "exported, ONNX Runtime, int8",
+    "openvino": "exported, OpenVINO in float32",
+}
+
+
+class OneExit(MultiExit, nn.Module):
+    """A plain timm network as a multi-exit model with one exit, so that it runs in every mode."""
+
+    num_exits = 1
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.network = timm.create_model(name).eval()
+        self.num_classes = self.network.num_classes
+
+    def begin_exits(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward_exit(self, index: int, state: Tensor) -> tuple[Tensor, tuple]:
+        return self.network(state), ()
+
+    def fuse(self) -> "OneExit":
+        fold_batch_norms(self)
+        return self
+
+
+def adaptive_options(mode: str) -> dict:
+    """Keyword arguments that make AdaptiveModel run a torch mode."""
+    return {
+        "fuse": mode != "eager",
+        "compile": mode.startswith("compiled"),
+        "dtype": torch.bfloat16 if mode.endswith("bfloat16") else None,
+    }
+
+
+def prepared(model: nn.Module, mode: str, size: tuple[int, ...], threads: int) -> tuple[nn.Module, dict]:
+    """A multi-exit model and the options of AdaptiveModel with which it runs in ``mode`` on images of ``size``."""
+    if not mode.startswith(("onnx", "openvino")):
+        return model.to(memory_format=torch.channels_last), adaptive_options(mode)
+    policy = ExitPolicy([np.inf] * model.num_exits)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = f"{folder}/float32"
+        export_segments(model, policy, exported, size, "openvino" if mode == "openvino" else "onnx")
+        if mode == "onnx-int8":
+            quantize_segments(exported, f"{folder}/int8", [torch.randn(8, *size)])
+            exported = f"{folder}/int8"
+        return ExportedSegments(exported, threads), {}
+
+
+def runner(model: nn.Module, mode: str, size: tuple[int, ...], threads: int) -> AdaptiveModel:
+    """``model`` in ``mode``, never leaving early."""
+    network, options = prepared(model, mode, size, threads)
+    return AdaptiveModel(network, ExitPolicy([np.inf] * model.num_exits), **options)
+
+
+def to_exit(model: AdaptiveModel, last: int, images: Tensor) -> None:
+    """Run the segments up to exit ``last`` (0-based) on the whole batch, without confidences or decisions."""
+    with torch.autocast(images.device.type, model.dtype, enabled=model.dtype is not None):
+        state = model.runner.begin_exits(images)
+        for index in range(last + 1):
+            _, state = model.runner.forward_exit(index, state)
