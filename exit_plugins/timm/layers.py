@@ -18,11 +18,14 @@ __all__ = [
     "fold_batch_norms",
     "fold_layer_norm",
     "fuse_convolutions",
+    "pointwise",
     "project",
     "transposed",
 ]
 
-torch.fx.wrap("add_residual")  # a leaf for FX tracing, where types are not known
+# Leaves for FX tracing, where types and shapes are not known.
+torch.fx.wrap("add_residual")
+torch.fx.wrap("pointwise")
 
 
 def check_image(x: Tensor, in_chans: int, min_size: int) -> Tensor:
@@ -70,11 +73,21 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     return module
 
 
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution as what it is on a ``channels_last`` map: one matrix product over its positions.
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) convolved with ``weight`` (C', C, 1, 1): what ``PointwiseConv`` does."""
+    if torch.compiler.is_compiling() or x.shape[0] > 4:
+        return F.conv2d(x, weight, bias, stride)
+    if stride != (1, 1):
+        x = x[:, :, :: stride[0], :: stride[1]]
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
-    For inference. torch's own kernel takes single images out of that layout and back. Exported and compiled graphs
-    keep the convolution: their engines choose kernels themselves.
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution that, for inference on few images, is one matrix product over the positions of the map.
+
+    The map is taken to be in ``channels_last``. On single images torch's convolution leaves that layout and returns to
+    it; on more than a handful its kernels are the faster ones. Exported and compiled graphs keep the convolution: their
+    engines choose kernels themselves.
     """
 
     @staticmethod
@@ -96,11 +109,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
-        if torch.compiler.is_compiling():
-            return self._conv_forward(x, self.weight, self.bias)
-        if self.stride != (1, 1):
-            x = x[:, :, :: self.stride[0], :: self.stride[1]]
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return pointwise(x, self.weight, self.bias, self.stride)
 
 
 def fuse_convolutions(module: nn.Module) -> nn.Module:
