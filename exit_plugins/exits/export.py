@@ -90,7 +90,8 @@ def export_graph(
 
     Input ``images`` (batch, C, H, W) float32; outputs ``logits`` (batch, classes), ``exit_index`` (batch,) int64 and
     ``confidence`` (batch,). ``thresholds`` (exits,) is an optional input whose default is the policy's. After each exit
-    the state of the samples that stay is gathered inside an ``If``, so that an empty remainder runs nothing.
+    the state of the samples that stay is gathered inside an ``If``, so that an empty remainder runs nothing. Exits
+    beyond the policy's ``max_exit`` are not in the file.
 
     Returns a function from images to ExitOutput that runs the file. Arguments and errors as of ``export_segments``.
     """
@@ -117,7 +118,7 @@ class ExportedSegments(MultiExit, nn.Module):
 
     Args:
         folder: what ``export_segments`` or ``quantize_segments`` wrote.
-        threads: CPU threads; default the runtime's own choice.
+        threads: CPU threads; default as many as torch uses.
         bfloat16: let OpenVINO compute in bfloat16 where the CPU does. By default it computes in float32, like torch.
 
     FileNotFoundError or ValueError for a folder that is missing or damaged; ImportError without the runtime.
@@ -362,9 +363,9 @@ def _adaptive_graph(segments: list[Any], policy: ExitPolicy) -> Any:
     onnx = _require("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-    last = len(segments) - 1
+    last = policy.last_exit
     opset = next(entry.version for entry in segments[0].opset_import if entry.domain == "")
-    prefixed = [onnx.compose.add_prefix(segment, f"segment{i}/") for i, segment in enumerate(segments)]
+    prefixed = [onnx.compose.add_prefix(segment, f"segment{i}/") for i, segment in enumerate(segments[: last + 1])]
     if any(segment.functions for segment in prefixed):
         prefixed = [onnx.inliner.inline_local_functions(segment) for segment in prefixed]
 
@@ -540,8 +541,9 @@ def _inference_session(path: Path, threads: int | None) -> Any:
     runtime = _require("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    # Every session has threads of its own, which spin for a while after a run: on the cores of the next segment.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -560,9 +562,8 @@ def _openvino_session(path: Path, threads: int | None, bfloat16: bool) -> _Sessi
     config: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
     }
-    if threads:
-        config["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
     try:
         model = core.read_model(path)
@@ -738,7 +739,7 @@ def _trial_policies(model: nn.Module, images: Tensor, policy: ExitPolicy | None 
         "everybody leaving at the last exit but one": [np.inf] * (len(rows) - 2) + [-np.inf] * 2,
     }
     return [
-        (name, ExitPolicy(thresholds[: len(rows)], policy.measure, policy.temperatures))
+        (name, ExitPolicy(thresholds[: len(rows)], policy.measure, policy.temperatures, max_exit=policy.max_exit))
         for name, thresholds in trials.items()
     ]
 

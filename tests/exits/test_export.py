@@ -30,7 +30,8 @@ def traced(name: str):
     size = SIZE if name in SMALL else model.pretrained_cfg["input_size"]
     images = torch.randn(24, *size) * torch.rand(24, 1, 1, 1) * 3
     settle(model, images)
-    return model, images, list(export._onnx_segments(export._prepared(model, nobody(model)), images))
+    inference_form = export.inference_copy(export._prepared(model, nobody(model)))
+    return model, images, list(export._onnx_segments(inference_form, images))
 
 
 def nobody(model) -> ExitPolicy:
@@ -125,6 +126,21 @@ def test_measures_and_temperatures_are_in_the_file(measure, tmp_path, monkeypatc
     out = export.export_graph(model, policy, tmp_path / "model.onnx", SIZE)(images)
     assert out.exit_index.tolist() == policy.choose(sure.numpy()).tolist()
     torch.testing.assert_close(out.confidence, sure[out.exit_index, torch.arange(24)], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cap", [0, 1])
+def test_no_sample_passes_the_cap_inside_the_one_file(cap, tmp_path, monkeypatch):
+    model, images, segments = traced("nested")
+    monkeypatch.setattr(export, "_onnx_segments", lambda *_: segments)
+    policy = ExitPolicy([float("inf")] * model.num_exits, max_exit=cap)
+    graph = export.export_graph(model, policy, tmp_path / "model.onnx", SIZE)
+    sick = images[:4].clone()
+    sick[2] = float("nan")
+    for thresholds in (None, [float("inf")] * model.num_exits):
+        assert graph(sick, thresholds).exit_index.tolist() == [cap] * 4
+    whole = export.export_graph(model, nobody(model), tmp_path / "whole.onnx", SIZE)
+    assert whole(sick).exit_index.tolist() == [model.num_exits - 1] * 4
+    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "whole.onnx").stat().st_size
 
 
 def test_nothing_deeper_runs_inside_the_one_file(tmp_path, monkeypatch):
