@@ -21,11 +21,11 @@ from functools import partial
 import numpy as np
 import timm
 import torch
-from modes import MODES, prepared, to_exit
+from modes import MODES, runner, to_exit
 from timing import add_clock_arguments, interleaved, machine, spread, synchronize, use_clock, write_json
 from torch import Tensor, nn
 
-from exit_plugins import AdaptiveModel, ExitPolicy, collect_exits, exit_costs
+from exit_plugins import ExitPolicy, collect_exits, exit_costs
 
 MIXES = {  # share leaving at the first exits, for any number of them; the rest goes to the last
     "nobody": lambda k: np.zeros(k - 1),
@@ -75,9 +75,8 @@ def measure(model: nn.Module, pool: Tensor, batch: int, args: argparse.Namespace
     macs = exit_costs(model, size).macs
     runs, engines, calls = {}, {}, defaultdict(list)
     for mode in args.mode:
-        network, options = prepared(model, mode, size, args.threads)
+        nobody = runner(model, mode, size, args.threads)
         # Modes round differently: each has its own thresholds, so that all let the same share leave.
-        nobody = AdaptiveModel(network, ExitPolicy([np.inf] * num_exits), **options)
         with torch.autocast(pool.device.type, nobody.dtype, enabled=nobody.dtype is not None):
             sure = collect_exits(nobody.runner, [(pool, torch.zeros(len(pool)).long())], progress=False).confidence
         for exit_index in range(num_exits):

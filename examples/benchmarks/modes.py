@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exit_plugins import AdaptiveModel, ExitPolicy, MultiExit
-from exit_plugins.exits.export import ExportedSegments, export_segments, quantize_segments
+from exit_plugins.exits.export import ExportedAdaptiveModel, export_segments, quantize_segments
 from exit_plugins.timm.layers import fold_batch_norms
 
 MODES = {
@@ -53,24 +53,18 @@ def adaptive_options(mode: str) -> dict:
     }
 
 
-def prepared(model: nn.Module, mode: str, size: tuple[int, ...], threads: int) -> tuple[nn.Module, dict]:
-    """A multi-exit model and the options of AdaptiveModel with which it runs in ``mode`` on images of ``size``."""
+def runner(model: nn.Module, mode: str, size: tuple[int, ...], threads: int) -> AdaptiveModel:
+    """``model`` in ``mode`` on images of ``size``, never leaving early."""
+    nobody = ExitPolicy([np.inf] * model.num_exits)
     if not mode.startswith(("onnx", "openvino")):
-        return model.to(memory_format=torch.channels_last), adaptive_options(mode)
-    policy = ExitPolicy([np.inf] * model.num_exits)
+        return AdaptiveModel(model.to(memory_format=torch.channels_last), nobody, **adaptive_options(mode))
     with tempfile.TemporaryDirectory() as folder:
         exported = f"{folder}/float32"
-        export_segments(model, policy, exported, size, "openvino" if mode == "openvino" else "onnx")
+        export_segments(model, nobody, exported, size, "openvino" if mode == "openvino" else "onnx")
         if mode == "onnx-int8":
             quantize_segments(exported, f"{folder}/int8", [torch.randn(8, *size)])
             exported = f"{folder}/int8"
-        return ExportedSegments(exported, threads), {}
-
-
-def runner(model: nn.Module, mode: str, size: tuple[int, ...], threads: int) -> AdaptiveModel:
-    """``model`` in ``mode``, never leaving early."""
-    network, options = prepared(model, mode, size, threads)
-    return AdaptiveModel(network, ExitPolicy([np.inf] * model.num_exits), **options)
+        return ExportedAdaptiveModel(exported, threads=threads)
 
 
 def to_exit(model: AdaptiveModel, last: int, images: Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 def synchronize(device: torch.device) -> None:
@@ -33,7 +34,7 @@ def interleaved(
     clock = time.process_time if cpu_time else time.perf_counter
     times = {name: np.zeros(repeats) for name in runs}
     device = torch.device(device)
-    for repeat in range(-warmup, repeats):
+    for repeat in tqdm(range(-warmup, repeats), desc="timing", unit="round", leave=False, disable=None):
         # The order is turned round every time: whoever runs after a large neighbour finds cold caches.
         for name in runs if repeat % 2 else reversed(runs):
             synchronize(device)

@@ -68,6 +68,7 @@ class AdaptiveModel(nn.Module):
         self.policy = policy  # the property: checked against the model
         self.dtype = None if dtype is torch.float32 else dtype
         self.times: SegmentTimes | None = None
+        self.eval()
 
     @property
     def policy(self) -> ExitPolicy:

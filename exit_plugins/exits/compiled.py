@@ -44,6 +44,12 @@ class CompiledSegments(MultiExit, nn.Module):
         self.num_classes = getattr(model, "num_classes", 0)
         self._segments = [self._compile(index) for index in range(self.num_exits)]
         self._graphs: dict[tuple, _Graph] = {}
+        self.eval()
+
+    def train(self, mode: bool = True) -> "CompiledSegments":
+        if mode:
+            raise RuntimeError("compiled segments only run inference; train the model they were compiled from.")
+        return super().train(False)
 
     def _compile(self, index: int) -> Callable[[State], tuple[Tensor, State]]:
         model = self.model

@@ -1,5 +1,6 @@
 """What the benchmarks rely on: modes compute the same, forced mixes have their shares, token merging is ToMe's."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+import adaptive
+import forward
+import report
 from adaptive import MIXES, forced_policy
 from modes import MODES, OneExit, runner, to_exit
 from rivals import MergingTransformer, merge_tokens
@@ -84,3 +88,40 @@ def test_timings_take_turns():
     assert sorted(times) == ["a", "b", "c"] and all(t.shape == (3,) for t in times.values())
     assert sorted(calls[:3]) == sorted(calls[3:6]) == ["a", "b", "c"] and calls[:3] == calls[3:6][::-1]
     assert spread(np.array([0.001, 0.002, 0.003]))["median_ms"] == pytest.approx(2)
+
+
+def test_from_runs_to_their_tables_and_picture(tmp_path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    common = [
+        "--model",
+        "dynperceiver_test",
+        "--threads",
+        "1",
+        "--system-malloc",
+        "--repeats",
+        "2",
+        "--batch",
+        "1",
+        "2",
+    ]
+    common += ["--batch", "1", "2"]
+    adaptive_file, forward_file, png = (str(tmp_path / name) for name in ("adaptive.json", "forward.json", "all.png"))
+    for script, options in (
+        (adaptive, ["--mode", "eager", "fused", "--images", "4", "--json", adaptive_file]),
+        (forward, ["--mode", "fused", "--plain", "test_resnet", "--json", forward_file]),
+        (report, [adaptive_file, forward_file, "--picture", png]),
+    ):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *(common if script is not report else []), *options])
+        capsys.readouterr()
+        script.main()
+    torch.set_num_threads(threads)
+    rows = json.loads(Path(adaptive_file).read_text())["rows"]
+    assert len(rows) == 2 * 2 * len(MIXES) and {row["mode"] for row in rows} == {"eager", "fused"}
+    for row in rows:
+        assert sum(row["share"]) == pytest.approx(1, abs=0.01) and row["per_call"]["p95_ms"] >= 0
+        if row["mix"] == "nobody":
+            assert row["share"][-1] == 1 and row["ideal"] == row["ideal_macs"] == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == (2 + len(rows)) + (2 + 2 + 1)  # two heads, a line per row, per batch and one of MACs
+    assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
+    assert Path(png).stat().st_size > 10_000

@@ -9,7 +9,7 @@ from small_models import ConvExits, NestedExits, settle
 from torch._dynamo.utils import counters
 
 import exit_plugins.timm
-from exit_plugins import AdaptiveModel, ExitPolicy
+from exit_plugins import AdaptiveModel, ExitPolicy, collect_exits
 from exit_plugins.exits import confidence
 from exit_plugins.exits.compiled import CompiledSegments
 
@@ -71,6 +71,20 @@ def test_compiled_once_for_all_batch_sizes(kind):
     torch.manual_seed(0)
     pool = torch.randn(64, 3, 32, 32)
     check_compiled_once(settle(kind(), pool), pool, (1, 2, 64), range(1, 65))
+
+
+def test_timing_and_evaluating_leave_compiled_segments_in_evaluation(without_codegen):
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    model = settle(ConvExits(), images)
+    adaptive = AdaptiveModel(model, ExitPolicy([float("inf")] * model.num_exits), compile=True)
+    before = adaptive(images)
+    adaptive.measure(images, repeats=1)
+    collect_exits(adaptive.runner, [(images, torch.zeros(8, dtype=torch.int64))], progress=False)
+    assert not any(module.training for module in (adaptive, adaptive.runner, *model.modules()))
+    torch.testing.assert_close(adaptive(images).logits, before.logits)
+    with pytest.raises(RuntimeError, match="only run inference"):
+        adaptive.runner.train()
 
 
 @pytest.mark.parametrize("name", REGISTERED)

@@ -193,6 +193,24 @@ def test_nan_images_and_empty_batches(folder):
         assert adaptive(sick).exit_index.tolist() == [0, 2, 0]
 
 
+def test_torch_leaves_the_cores_to_the_runtime(folder, monkeypatch):
+    adaptive = export.ExportedAdaptiveModel(folder)
+    forward_exit, seen = adaptive.model.forward_exit, []
+    monkeypatch.setattr(
+        adaptive.model, "forward_exit", lambda *state: seen.append(torch.get_num_threads()) or forward_exit(*state)
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        adaptive(torch.randn(2, *SIZE))
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="this export takes images"):
+            adaptive(torch.randn(2, 3, 8, 8))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_int8(folder, tmp_path):
     model, images, _ = traced("conv")
     report = export.quantize_segments(folder, tmp_path / "int8", images.split(8))
