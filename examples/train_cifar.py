@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from exit_plugins import MultiExitLoss, anytime_curve, budgeted_curve, collect_exits, exit_costs
 from exit_plugins.exits import plots
-from exit_plugins.exits._files import atomic_write
+from exit_plugins.exits.files import atomic_write
 from exit_plugins.exits.losses import LOSS_PRESETS
 from exit_plugins.timm import list_models, save_for_hf
 from exit_plugins.timm.data import ImageView, open_dataset, open_splits

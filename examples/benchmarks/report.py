@@ -12,8 +12,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
+from matplotlib.lines import Line2D
 
+from exit_plugins.exits.files import atomic_write
+
+MARKERS = "osD^vP*X"
 Document = dict  # what timing.write_json wrote: command, machine, rows
 
 
@@ -93,49 +96,45 @@ TABLES = {"forward": forward_table, "adaptive": adaptive_table, "rivals": rivals
 
 
 def picture(documents: list[Document], path: str) -> None:
-    """Time to each exit over the plain network beside MACs, and measured beside ideal speed-up, all runs together."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
-    cases = [
-        (mode, f"{mode}, {document['machine']['threads']} thr., batch {batch}", exits)
-        for document in documents
-        if kind(document) == "forward"
-        for mode, batch, exits in by_case(document["rows"])
-    ]
-    modes = list(dict.fromkeys(mode for mode, _, _ in cases))
-    for number, (mode, label, exits) in enumerate(cases):
-        shade = f"C{modes.index(mode)}"
+    """Time to each exit over the plain network beside MACs, and measured beside ideal speed-up, all runs together.
+
+    Colours are modes, markers batch sizes; open ones are runs on one thread.
+    """
+    forward, adaptive = (
+        [(doc["machine"]["threads"], row) for doc in documents if kind(doc) == name for row in doc["rows"]]
+        for name in ("forward", "adaptive")
+    )
+    modes = list(dict.fromkeys(row["mode"] for _, row in forward + adaptive))
+    batches = sorted({row["batch"] for _, row in forward + adaptive})
+
+    def style(threads: int, row: dict) -> dict:
+        color = f"C{modes.index(row['mode'])}"
+        marker = MARKERS[batches.index(row["batch"]) % 8]
+        return dict(color=color, marker=marker, markerfacecolor="none" if threads == 1 else color, alpha=0.8)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
+    for (_, threads, _), case in groupby(forward, lambda pair: (pair[1]["mode"], pair[0], pair[1]["batch"])):
+        exits = [row for _, row in case]
         macs, times = [row["macs_ratio"] for row in exits], [row["ratio"] for row in exits]
-        left.plot(macs, times, color=shade, alpha=0.5)
-        marker = "os^vDP*X<>"[number % 10]
-        left.scatter(
-            [row["macs_ratio"] for row in exits],
-            [row["ratio"] for row in exits],
-            color=shade,
-            marker=marker,
-            label=label,
-        )
+        left.plot(macs, times, linewidth=0.8, **style(threads, exits[0]))
     left.axline((1, 1), slope=1, color="grey", linestyle=":", zorder=0)
     left.set(xlabel="MACs to the exit over the plain network's", ylabel="time to the exit over the plain network's")
-    left.set_title("Forward passes, each against the plain network run the same way")
-    left.legend(fontsize=8)
-    rows = [row for document in documents if kind(document) == "adaptive" for row in document["rows"]]
-    for number, (mode, batch) in enumerate(dict.fromkeys((row["mode"], row["batch"]) for row in rows)):
-        mine = [row for row in rows if (row["mode"], row["batch"]) == (mode, batch)]
-        right.scatter(
-            [row["ideal"] for row in mine],
-            [row["speedup"] for row in mine],
-            marker="os^vDP*X<>"[number % 10],
-            label=f"{mode}, batch {batch}",
-        )
-    if rows:
-        top = max(max(row["ideal"], row["speedup"]) for row in rows)
-        line = np.array([1, top])
-        right.plot(line, line, color="grey", linestyle=":", label="ideal")
-        right.plot(line, 0.9 * line, color="grey", linestyle="--", linewidth=0.8, label="0.90 of ideal")
-        right.legend(fontsize=8)
+    left.set_title("Every exit against the plain network run the same way")
+    for threads, row in adaptive:
+        right.plot(row["ideal"], row["speedup"], linestyle="none", **style(threads, row))
+    top = max([row["ideal"] for _, row in adaptive], default=2)
+    right.plot([1, top], [1, top], color="grey", linestyle=":", zorder=0)
+    right.plot([1, top], [0.9, 0.9 * top], color="grey", linestyle="--", linewidth=0.8, zorder=0)
+    right.annotate("0.90 of ideal", (top, 0.9 * top), (0, -8), textcoords="offset points", ha="right", va="top")
     right.set(xlabel="ideal speed-up, from measured times to the exits", ylabel="measured speed-up")
     right.set_title("Adaptive runs under five forced mixes of exits")
-    figure.savefig(path, dpi=110)
+    dots = dict(color="black", linestyle="none")
+    handles = [Line2D([], [], color=f"C{k}", linewidth=4, label=mode) for k, mode in enumerate(modes)]
+    handles += [Line2D([], [], marker=MARKERS[k % 8], label=f"batch {size}", **dots) for k, size in enumerate(batches)]
+    handles += [Line2D([], [], marker="o", markerfacecolor="none", label="open: one thread", **dots)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=9)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from exit_plugins import ExitTable
-from exit_plugins.exits._files import atomic_write
+from exit_plugins.exits.files import atomic_write
 from exit_plugins.exits.risk import LOSSES, RISK_METHODS, certified_step, path_losses
 from exit_plugins.exits.thresholds import exit_counts, mean_cost, policy_path
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from exit_plugins import ExitTable, solve_thresholds
-from exit_plugins.exits._files import atomic_write
 from exit_plugins.exits.evaluation import evaluate_policy
+from exit_plugins.exits.files import atomic_write
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 METHODS = {

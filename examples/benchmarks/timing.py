@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from exit_plugins.exits.files import atomic_write
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -105,6 +107,6 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
 
 def write_json(path: str | None, document: dict) -> None:
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(document, indent=2) + "\n")
+        with atomic_write(path) as file:
+            file.write(json.dumps(document, indent=2) + "\n")
         print(f"written to {path}")

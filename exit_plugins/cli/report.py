@@ -17,7 +17,6 @@ import numpy as np
 
 from .._version import __version__
 from ..exits import plots
-from ..exits._files import atomic_write
 from ..exits.evaluation import (
     anytime_curve,
     budgeted_curve,
@@ -26,6 +25,7 @@ from ..exits.evaluation import (
     ensemble_curve,
     evaluate_policy,
 )
+from ..exits.files import atomic_write
 from ..exits.policy import ExitPolicy
 from ..exits.table import ExitTable
 from ..exits.thresholds import METHODS, solve_thresholds

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._files import atomic_write
+from .files import atomic_write
 from .policy import ExitPolicy
 from .table import ExitTable
 

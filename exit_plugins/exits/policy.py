@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ._files import atomic_write
 from .confidence import CONFIDENCES
+from .files import atomic_write
 from .protocol import check_multi_exit
 
 __all__ = ["ExitPolicy", "describe_model"]

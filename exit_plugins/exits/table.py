@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 
-from ._files import atomic_write
 from .confidence import CONFIDENCES, confidence, running_ensemble
+from .files import atomic_write
 from .protocol import check_multi_exit, exit_device
 
 __all__ = ["ExitTable", "collect_exits"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..exits import MultiExitLoss
-from ..exits._files import atomic_write
+from ..exits.files import atomic_write
 from .multi_exit import EarlyHead, ExitModel, Family, MultiExitBackbone, find_family
 from .schedule import GradientMask, exit_weights, set_dropout
 

@@ -13,7 +13,7 @@ from timm.models._hub import generate_readme
 from torch import nn
 
 from ..exits import exit_costs
-from ..exits._files import atomic_write
+from ..exits.files import atomic_write
 from ..exits.protocol import check_multi_exit
 
 __all__ = ["model_card", "save_for_hf"]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..exits import MultiExitLoss
-from ..exits._files import atomic_write
+from ..exits.files import atomic_write
 from ..exits.losses import LOSS_PRESETS, ExitWeights
 
 __all__ = ["ExitLossOptions", "MultiExitEvaluator", "MultiExitTask", "main"]
