@@ -125,7 +125,7 @@ def picture(documents: list[Document], path: str) -> None:
     top = max([row["ideal"] for _, row in adaptive], default=2)
     right.plot([1, top], [1, top], color="grey", linestyle=":", zorder=0)
     right.plot([1, top], [0.9, 0.9 * top], color="grey", linestyle="--", linewidth=0.8, zorder=0)
-    right.annotate("0.90 of ideal", (top, 0.9 * top), (0, -8), textcoords="offset points", ha="right", va="top")
+    right.annotate("0.90 of ideal", (top, 0.9 * top), (0, -26), textcoords="offset points", ha="right", va="top")
     right.set(xlabel="ideal speed-up, from measured times to the exits", ylabel="measured speed-up")
     right.set_title("Adaptive runs under five forced mixes of exits")
     dots = dict(color="black", linestyle="none")

@@ -86,7 +86,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mmap_max, trim_threshold = -4, -1  # as malloc.h numbers them
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 1 << 30)
+        mallopt(trim_threshold, -1)  # never
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
