@@ -23,9 +23,9 @@ import timm
 import torch
 from modes import MODES, runner, to_exit
 from timing import add_clock_arguments, interleaved, machine, spread, synchronize, use_clock, write_json
-from torch import Tensor, nn
+from torch import Tensor
 
-from exit_plugins import ExitPolicy, collect_exits, exit_costs
+from exit_plugins import AdaptiveModel, ExitPolicy, collect_exits, exit_costs
 
 MIXES = {  # share leaving at the first exits, for any number of them; the rest goes to the last
     "nobody": lambda k: np.zeros(k - 1),
@@ -67,15 +67,14 @@ def over(batches: tuple[Tensor, ...], run: Callable[[Tensor], object], calls: li
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, pool: Tensor, batch: int, args: argparse.Namespace) -> list[dict]:
-    """One row per mode and mix for one batch size."""
-    num_exits = model.num_exits
-    size = tuple(pool.shape[1:])
+def measure(
+    models: dict[str, AdaptiveModel], macs: np.ndarray, pool: Tensor, batch: int, args: argparse.Namespace
+) -> list[dict]:
+    """One row per mode and mix for one batch size; ``models`` are the modes', none of which leaves early."""
+    num_exits = len(macs)
     batches = pool.split(batch)
-    macs = exit_costs(model, size).macs
     runs, engines, calls = {}, {}, defaultdict(list)
-    for mode in args.mode:
-        nobody = runner(model, mode, size, args.threads)
+    for mode, nobody in models.items():
         # Modes round differently: each has its own thresholds, so that all let the same share leave.
         with torch.autocast(pool.device.type, nobody.dtype, enabled=nobody.dtype is not None):
             sure = collect_exits(nobody.runner, [(pool, torch.zeros(len(pool)).long())], progress=False).confidence
@@ -133,7 +132,10 @@ def main() -> None:
     torch.manual_seed(0)
     use_clock(args)
     model = timm.create_model(args.model).eval().to(args.device)
-    _, height, width = model.pretrained_cfg["input_size"]
+    channels, height, width = model.pretrained_cfg["input_size"]
+    size = (channels, args.size or height, args.size or width)
+    macs = exit_costs(model, size).macs
+    models = {mode: runner(model, mode, size, args.threads) for mode in args.mode}
     rows = []
     print(f"{args.model}, forced mixes, {args.threads} threads, {args.device}")
     print(
@@ -142,9 +144,9 @@ def main() -> None:
     )
     for batch in args.batch:
         count = max(args.images // batch, 1) * batch
-        pool = torch.randn(count, 3, args.size or height, args.size or width, device=args.device)
+        pool = torch.randn(count, *size, device=args.device)
         contrast = torch.rand(count, 1, 1, 1, device=args.device) * 3
-        for row in measure(model, pool * contrast, batch, args):
+        for row in measure(models, macs, pool * contrast, batch, args):
             rows.append(row)
             print(
                 f"{row['mode']:<17} {row['batch']:>5} {row['mix']:<10} {row['speedup']:>8.3f} "

@@ -54,13 +54,9 @@ def main() -> None:
     with torch.inference_mode():
         for mode in args.mode:
             ours = runner(model, mode, size, args.threads)
-            if mode.startswith(("onnx", "openvino")):
-                theirs = folded = runner(plain, mode, size, args.threads)
-            else:
-                options = adaptive_options(mode)
-                nobody = ExitPolicy([np.inf])
-                theirs = AdaptiveModel(plain.to(memory_format=torch.channels_last), nobody, **options | {"fuse": False})
-                folded = AdaptiveModel(plain, nobody, **options | {"fuse": True})
+            theirs = folded = runner(plain, mode, size, args.threads)
+            if not mode.startswith(("onnx", "openvino")):
+                theirs = AdaptiveModel(plain, ExitPolicy([np.inf]), **adaptive_options(mode) | {"fuse": False})
             for batch in args.batch:
                 images = torch.randn(batch, *size, device=args.device)
                 runs = {"plain": partial(to_exit, theirs, 0, images), "folded": partial(to_exit, folded, 0, images)}

@@ -1,6 +1,8 @@
 """Tables in Markdown, and a picture, of what the benchmarks left as JSON.
 
-python examples/benchmarks/report.py forward.json adaptive.json rivals.json --picture benchmarks.png
+    python examples/benchmarks/report.py forward.json adaptive.json rivals.json --picture benchmarks.png
+
+Every file makes a table; the picture shows them all.
 """
 
 import argparse

@@ -62,7 +62,7 @@ class AdaptiveModel(nn.Module):
         check_multi_exit(model)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"mixed precision runs in torch.bfloat16 or torch.float16, got {dtype}.")
-        self.model = inference_copy(model) if fuse else model.eval()
+        self.model = inference_copy(model) if fuse else model
         # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
         self.__dict__["runner"] = CompiledSegments(self.model) if compile else self.model
         self.policy = policy  # the property: checked against the model

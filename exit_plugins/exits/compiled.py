@@ -39,7 +39,7 @@ class CompiledSegments(MultiExit, nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         check_multi_exit(model)
-        self.model = model.eval()
+        self.model = model
         self.num_exits = model.num_exits
         self.num_classes = getattr(model, "num_classes", 0)
         self._segments = [self._compile(index) for index in range(self.num_exits)]

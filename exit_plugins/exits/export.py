@@ -6,6 +6,7 @@ leaves early, must agree within 1e-4. Needs the ``export`` extra.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -170,6 +171,8 @@ class ExportedAdaptiveModel(AdaptiveModel):
         folder: what ``export_segments`` or ``quantize_segments`` wrote.
         policy: default the one exported.
         threads, bfloat16: see ``ExportedSegments``.
+
+    One call at a time with OpenVINO; load the folder once for every thread that calls.
     """
 
     def __init__(
@@ -184,19 +187,17 @@ class ExportedAdaptiveModel(AdaptiveModel):
 
     def forward(self, images: Tensor) -> ExitOutput:
         # torch only takes confidences and gathers here. A second thread gains nothing for that, and spins on afterwards
-        # on a core that the runtime needs for the next segment: 9 % of a run at batch 8 on two cores.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        # on a core that the runtime needs for the next segment: 9 % of a run at batch 8 on two cores. Unlike
+        # torch.set_num_threads, the limit holds for this thread alone.
+        torch.get_num_threads()  # a thread's first question to torch sets its number, and would undo the limit
+        with _openmp().limit(limits=1):
             return super().forward(images)
-        finally:
-            torch.set_num_threads(threads)
 
 
 class GraphRunner:
     """Runs a file of ``export_graph`` with ONNX Runtime: images (B, C, H, W) to ExitOutput.
 
-    ``thresholds`` (exits,) replaces those in the file for one call.
+    ``thresholds`` (exits,) replaces those in the file for one call. ``threads`` as of ``ExportedSegments``.
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
@@ -595,6 +596,12 @@ def _openvino_session(path: Path, threads: int | None, bfloat16: bool) -> _Sessi
         return [results[name] for name in names]
 
     return _Session(sorted(read), run)
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The OpenMP pools of the process, torch's among them."""
+    return _require("threadpoolctl").ThreadpoolController().select(user_api="openmp")
 
 
 def _require(name: str, package: str | None = None) -> ModuleType:

@@ -796,8 +796,8 @@ class DynPerceiver(MultiExit, nn.Module):
         """Change the model in place into its form for inference, with the same outputs up to rounding; return it.
 
         Batch norms are folded into the layers before them, the affine parts of layer norms into those after, the
-        convolution that X2Z reads through into its pooling; and maps are laid out as ``channels_last``, in which a
-        map is its tokens. The state dict changes with it.
+        convolution that X2Z reads through into its pooling; RegNet blocks work in place; and maps are laid out as
+        ``channels_last``, in which a map is its tokens. The state dict changes with it.
 
         Args:
             image_size: Height and width to prepare for; the default is that of the pretrained configuration. Others

@@ -474,7 +474,7 @@ class MultiScaleNet(MultiExit, nn.Module):
         return self.stem(x)
 
     def fuse(self) -> "MultiScaleNet":
-        """Fold the batch norms into the convolutions before them, in place and for inference only; return ``self``."""
+        """Fold the batch norms and make 1x1 convolutions fast, in place and for inference only; return ``self``."""
         return fuse_convolutions(self.eval())
 
     def forward_exit(self, index: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

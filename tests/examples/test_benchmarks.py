@@ -91,19 +91,8 @@ def test_timings_take_turns():
 
 
 def test_from_runs_to_their_tables_and_picture(tmp_path, monkeypatch, capsys):
-    threads = torch.get_num_threads()
-    common = [
-        "--model",
-        "dynperceiver_test",
-        "--threads",
-        "1",
-        "--system-malloc",
-        "--repeats",
-        "2",
-        "--batch",
-        "1",
-        "2",
-    ]
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the tests that follow
+    common = ["--model", "dynperceiver_test", "--threads", "1", "--system-malloc", "--repeats", "2"]
     common += ["--batch", "1", "2"]
     adaptive_file, forward_file, png = (str(tmp_path / name) for name in ("adaptive.json", "forward.json", "all.png"))
     for script, options in (
@@ -114,7 +103,6 @@ def test_from_runs_to_their_tables_and_picture(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__name__, *(common if script is not report else []), *options])
         capsys.readouterr()
         script.main()
-    torch.set_num_threads(threads)
     rows = json.loads(Path(adaptive_file).read_text())["rows"]
     assert len(rows) == 2 * 2 * len(MIXES) and {row["mode"] for row in rows} == {"eager", "fused"}
     for row in rows:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -195,15 +196,21 @@ def test_nan_images_and_empty_batches(folder):
 
 def test_torch_leaves_the_cores_to_the_runtime(folder, monkeypatch):
     adaptive = export.ExportedAdaptiveModel(folder)
-    forward_exit, seen = adaptive.model.forward_exit, []
-    monkeypatch.setattr(
-        adaptive.model, "forward_exit", lambda *state: seen.append(torch.get_num_threads()) or forward_exit(*state)
-    )
+    forward_exit, mine, others = adaptive.model.forward_exit, [], []
+
+    def spy(*state):
+        mine.append(torch.get_num_threads())
+        other = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        return forward_exit(*state)
+
+    monkeypatch.setattr(adaptive.model, "forward_exit", spy)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         adaptive(torch.randn(2, *SIZE))
-        assert set(seen) == {1} and torch.get_num_threads() == 2
+        assert set(mine) == {1} and set(others) == {2} and torch.get_num_threads() == 2
         with pytest.raises(ValueError, match="this export takes images"):
             adaptive(torch.randn(2, 3, 8, 8))
         assert torch.get_num_threads() == 2
