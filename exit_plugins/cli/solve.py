@@ -117,13 +117,15 @@ def run(args: argparse.Namespace) -> int:
     about = policy.source
     print(
         f"{args.output}: accuracy {percent(about['accuracy'])}, mean cost {amount(about['cost'], unit)} "
-        f"({percent(about['cost'] / costs[-1])} of the last exit), on the {about['samples']} images it was solved on"
+        f"({percent(about['cost'] / costs[-1])} of the last exit), on the {about['samples']['count']} images it was "
+        "solved on"
     )
     print("thresholds", ", ".join(f"{t:.4g}" for t in policy.thresholds))
     if policy.certificate:
         c = policy.certificate
         chance = "in expectation" if c["delta"] is None else f"with probability {1 - c['delta']:.0%}"
-        print(f"certified ({c['method']}, {c['samples']} images): {c['loss']} at most {c['epsilon']:.2%}, {chance}")
+        count = c["samples"]["count"]
+        print(f"certified ({c['method']}, {count} images): {c['loss']} at most {c['epsilon']:.2%}, {chance}")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .digests import SampleRecord
 from .policy import ExitPolicy
 from .thresholds import check_costs, exit_counts
 
@@ -68,7 +69,7 @@ class ExitRateMonitor:
 
     Args:
         shares: (K,) exit shares on the calibration split, ``policy.source["shares"]``.
-        calibration_samples: how many samples those are of, ``policy.source["samples"]``.
+        calibration_samples: how many samples those are of, ``policy.source["samples"]["count"]``.
         window: how many of the last samples are looked at.
     """
 
@@ -183,8 +184,8 @@ class BudgetController:
         self._shares = None if None in shares else [np.asarray(s) for s in shares]
         self._monitor = None
         if self._shares is not None:
-            samples = int(path[0].source.get("samples", 1))
-            self._monitor = ExitRateMonitor(self._shares[self._step], samples, window)
+            samples = SampleRecord.of_json(path[0].source.get("samples")) or SampleRecord(1)
+            self._monitor = ExitRateMonitor(self._shares[self._step], samples.count, window)
 
     @property
     def _step(self) -> int:

@@ -3,33 +3,37 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from .confidence import CONFIDENCES
+from .digests import SampleRecord, describe_model, weights_digest
 from .files import atomic_write
-from .protocol import check_multi_exit
 
-__all__ = ["ExitPolicy", "describe_model"]
+if TYPE_CHECKING:
+    from .table import ExitTable
+
+__all__ = ["ExitPolicy", "describe_model", "weights_digest"]
 
 _FORMAT = "exit_plugins.policy"
 _VERSION = 1
+# What two models must share for a policy to run on both, where both sides know it.
+_SAME = ("architecture", "num_exits", "num_classes", "in_chans")
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What a policy remembers of the model it was made for: architecture, number of exits and of classes."""
-    check_multi_exit(model)
-    config = getattr(model, "pretrained_cfg", None)
-    architecture = config.get("architecture") if hasattr(config, "get") else getattr(config, "architecture", None)
-    return {
-        "architecture": architecture or type(model).__name__,
-        "num_exits": int(model.num_exits),
-        "num_classes": int(getattr(model, "num_classes", 0)) or None,
-    }
+def check_same_model(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """ValueError naming what differs between a model and the one ``what`` was made for; None is "not known"."""
+    for key in _SAME:
+        if expected.get(key) is not None and found.get(key) is not None and found[key] != expected[key]:
+            raise ValueError(
+                f"{what} was made for {key} {expected[key]} and the model has {found[key]}; solve thresholds for this "
+                "model."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +46,10 @@ class ExitPolicy:
         measure: the confidence the thresholds are for.
         temperatures: (K,) that logits are divided by before the confidence is taken.
         costs: (K,) cumulative cost per exit the policy was solved for, or None.
-        model: what ``describe_model`` said of the model it was made for, or None for a policy made by hand.
-        source: where it comes from: method, budget, samples, expected accuracy and cost.
+        model: what ``describe_model`` said of the model it was made for, with the digest of its ``weights``, the
+            ``input_size`` and the names of the ``classes`` where they are known; None for a policy made by hand.
+        source: where it comes from: method, budget, samples, expected accuracy and cost. ``source["samples"]`` is a
+            ``digests.SampleRecord`` in JSON, so that ``overlap`` can tell which samples were used.
         certificate: a guarantee from ``exits.risk``, or None.
         max_exit: a hard cap: no sample goes beyond this exit (0-based), whatever its confidence, NaN included. None
             for no cap. No sample ever costs more than ``costs[max_exit]``.
@@ -121,12 +127,22 @@ class ExitPolicy:
                 f"the policy has {self.num_exits} thresholds and {found['architecture']} has {found['num_exits']} "
                 "exits; solve thresholds for this model."
             )
-        for key, expected in (self.model or {}).items():
-            if expected is not None and found.get(key) is not None and found[key] != expected:
-                raise ValueError(
-                    f"the policy was made for {key} {expected} and the model has {found[key]}; solve thresholds for "
-                    "this model."
-                )
+        check_same_model(found, self.model or {}, "the policy")
+
+    def overlap(self, table: "ExitTable") -> int | None:
+        """How many samples of ``table`` the policy was solved, chosen or certified on; 0 for a true test.
+
+        Exact up to 4,096 samples on the policy's side, estimated from a random sample of that size beyond (and at
+        least what was seen). None where the table or the policy does not know its samples.
+        """
+        if table.sample is None:
+            return None
+        used = [self.source.get("samples"), self.source.get("holdout_samples"), (self.certificate or {}).get("samples")]
+        records = [SampleRecord.of_json(value) for value in used]
+        known = [record for record in records if record is not None and record.digests is not None]
+        if not known:
+            return None
+        return min(len(table.sample), sum(record.overlap(table.sample) for record in known))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON file, whole or not at all."""
@@ -142,8 +158,10 @@ class ExitPolicy:
             "certificate": self.certificate,
             "max_exit": self.max_exit,
         }
+        # A line per field: indented further, thousands of sample digests would stand on a line each.
+        lines = (f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in document.items())
         with atomic_write(path) as file:
-            file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ExitPolicy":

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .digests import SampleRecord
 from .evaluation import check_same_confidence
 from .policy import ExitPolicy
 from .table import ExitTable
@@ -168,11 +169,11 @@ def certify(
         seed: of the order in which ``ucb`` takes the samples.
 
     Returns:
-        ExitPolicy whose ``certificate`` records method, loss, epsilon, delta, the split's size and SHA-256, the step of
-        the path, and the risk on the split with its upper bound (``ucb``).
+        ExitPolicy whose ``certificate`` records method, loss, epsilon, delta, the split's samples and SHA-256, the step
+        of the path, and the risk on the split with its upper bound (``ucb``).
 
     Raises:
-        ValueError: the path's last policy lets samples leave early, or ``table`` is the split the path was solved on.
+        ValueError: the path's last policy lets samples leave early, or it was solved on samples of ``table``.
     """
     if len(path) and (path[-1].thresholds[:-1] != np.inf).any():
         raise ValueError("the path must end with the policy under which nobody leaves early; use policy_path(...).")
@@ -181,6 +182,13 @@ def certify(
     digest = table.digest()
     if any(policy.source.get("sha256") == digest for policy in path):
         raise ValueError("the path was solved on these very samples; certify on a split apart, see ExitTable.split.")
+    shared = path[0].overlap(table) or 0
+    # Data sets hold the odd image twice; those are draws like any other.
+    if shared > 0.01 * table.num_samples:
+        raise ValueError(
+            f"the path was solved on {shared} of these {table.num_samples} samples; certify on a split apart, see "
+            "ExitTable.split."
+        )
     order = np.random.default_rng(seed).permutation(table.num_samples)
     losses = path_losses(path, table, loss)[:, order]
     low, high = LOSSES[loss][1:]
@@ -190,7 +198,7 @@ def certify(
         "loss": loss,
         "epsilon": float(epsilon),
         "delta": None if method == "crc" else float(delta),
-        "samples": table.num_samples,
+        "samples": SampleRecord.of(table.sample, table.num_samples).to_json(),
         "sha256": digest,
         "step": step,
         "steps": len(path),

@@ -7,10 +7,11 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 
 from .confidence import CONFIDENCES, confidence, running_ensemble
+from .digests import describe_model, sample_digests, weights_digest
 from .files import atomic_write
 from .protocol import check_multi_exit, exit_device
 
@@ -45,6 +47,11 @@ class ExitTable:
         logits: (K, N, C) or None; needed to fit temperatures or to change the confidence measure afterwards.
         measure: name of the confidence measure.
         temperatures: (K,) the logits were divided by before the confidence was taken.
+        sample: (N,) uint64 or None, a digest of each sample's input as the model saw it: the same image under the same
+            preprocessing has the same digest in every table.
+        about: where the table comes from, in plain JSON values, or None: ``model`` (``describe_model``), the digest
+            of its ``weights``, ``input_size`` (of one sample), and ``transform``, ``data``, ``split``, ``classes``
+            (names, by index) as far as they are known.
 
     Numpy arrays, torch tensors and lists are all accepted and stored as numpy. ValueError if the shapes disagree.
     """
@@ -55,6 +62,8 @@ class ExitTable:
     logits: np.ndarray | None = None
     measure: str = "max_softmax"
     temperatures: tuple[float, ...] = field(default=())
+    sample: np.ndarray | None = None
+    about: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -75,6 +84,12 @@ class ExitTable:
             if logits.ndim != 3 or logits.shape[:2] != self.confidence.shape:
                 raise ValueError(f"logits {logits.shape} do not fit confidence {self.confidence.shape}.")
             set_(self, "logits", logits)
+        if self.sample is not None:
+            set_(self, "sample", _array(self.sample, np.uint64))
+            if self.sample.shape != self.target.shape:
+                raise ValueError(f"sample digests {self.sample.shape} do not fit {self.num_samples} samples.")
+        if self.about is not None:
+            _check_about(self.about, self.num_exits)
         set_(self, "temperatures", tuple(float(t) for t in self.temperatures) or (1.0,) * self.num_exits)
         if len(self.temperatures) != self.num_exits:
             raise ValueError(f"{len(self.temperatures)} temperatures do not fit {self.num_exits} exits.")
@@ -96,21 +111,22 @@ class ExitTable:
         return self.num_samples
 
     def digest(self) -> str:
-        """SHA-256 of confidences, predictions and targets: which samples these are, whatever file they came in."""
+        """SHA-256 of confidences, predictions, targets and sample digests, whatever file they came in."""
         hasher = hashlib.sha256(repr(self.confidence.shape).encode())
-        for array in (self.confidence, self.prediction, self.target):
-            hasher.update(array.tobytes())
+        for array in (self.confidence, self.prediction, self.target, self.sample):
+            if array is not None:
+                hasher.update(array.tobytes())
         return hasher.hexdigest()
 
     def subset(self, index: np.ndarray) -> "ExitTable":
         """The table of the samples in ``index`` (integers or a boolean mask over N)."""
-        return ExitTable(
-            self.confidence[:, index],
-            self.prediction[:, index],
-            self.target[index],
-            None if self.logits is None else self.logits[:, index],
-            self.measure,
-            self.temperatures,
+        return replace(
+            self,
+            confidence=self.confidence[:, index],
+            prediction=self.prediction[:, index],
+            target=self.target[index],
+            logits=None if self.logits is None else self.logits[:, index],
+            sample=None if self.sample is None else self.sample[index],
         )
 
     def split(self, share: float = 0.5, seed: int = 0) -> tuple["ExitTable", "ExitTable"]:
@@ -151,25 +167,27 @@ class ExitTable:
         if self.logits is None:
             raise ValueError("this table holds no logits; collect it with keep_logits=True.")
         temperatures = self.temperatures if temperatures is None else temperatures
-        return ExitTable.from_logits(self.logits, self.target, measure or self.measure, temperatures)
+        table = ExitTable.from_logits(self.logits, self.target, measure or self.measure, temperatures)
+        return replace(table, sample=self.sample, about=self.about)
 
     def running_ensemble(self, costs: Sequence[float] | np.ndarray) -> "ExitTable":
         """The table of ``exits.confidence.running_ensemble`` over the exits, for anytime use; needs ``logits``."""
         if self.logits is None:
             raise ValueError("this table holds no logits; collect it with keep_logits=True.")
-        return ExitTable.from_logits(running_ensemble(self.logits, costs, self.temperatures), self.target, self.measure)
+        mixed = running_ensemble(self.logits, costs, self.temperatures)
+        return replace(ExitTable.from_logits(mixed, self.target, self.measure), sample=self.sample, about=self.about)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a compressed ``.npz``, whole or not at all."""
         arrays = {"confidence": self.confidence, "prediction": self.prediction, "target": self.target}
-        if self.logits is not None:
-            arrays["logits"] = self.logits
+        arrays |= {name: getattr(self, name) for name in ("logits", "sample") if getattr(self, name) is not None}
         with atomic_write(path, "wb") as file:
             np.savez_compressed(
                 file,
                 format=np.array(_FORMAT),
                 measure=np.array(self.measure),
                 temperatures=np.array(self.temperatures),
+                about=np.array(json.dumps(self.about, allow_nan=False)),
                 **arrays,
             )
 
@@ -189,9 +207,25 @@ class ExitTable:
                     file.get("logits"),
                     str(file["measure"]),
                     tuple(file["temperatures"].tolist()),
+                    file.get("sample"),
+                    json.loads(str(file["about"])) if "about" in file else None,
                 )
         except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a readable exit table ({error}); collect it again.") from error
+
+
+def _check_about(about: Any, num_exits: int) -> None:
+    if not isinstance(about, dict):
+        raise ValueError(f"about is a mapping of plain values, got {type(about).__name__}.")
+    try:
+        json.dumps(about, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"about holds only what JSON can say: {error}.") from error
+    described = about.get("model")
+    if described is not None and not isinstance(described, dict):
+        raise ValueError(f"about['model'] is what describe_model says, got {type(described).__name__}.")
+    if (described or {}).get("num_exits", num_exits) != num_exits:
+        raise ValueError(f"a table of {num_exits} exits is not of a model with {described['num_exits']}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +242,7 @@ def collect_exits(
     keep_logits: bool = False,
     progress: bool | None = None,
     part_file: str | os.PathLike | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> ExitTable:
     """Run every exit over a labelled loader and record what each says.
 
@@ -225,9 +260,11 @@ def collect_exits(
         progress: show a bar on stderr; default only on a terminal.
         part_file: batches are appended here as they are done, and a run that was interrupted goes on from there. It is
             removed when the table is complete. In several processes each has its own, with the rank in its name.
+        about: what the caller knows of the data: ``transform``, ``data``, ``split``, ``classes``. The table's ``about``
+            keeps it beside the model, its weights' digest and the input size.
 
     Returns:
-        ExitTable over all N samples in the loader's order.
+        ExitTable over all N samples in the loader's order, each with the digest of its input.
 
     Raises:
         ValueError: the loader is empty, is sharded already, or its batches do not hold images and class indices; or
@@ -275,7 +312,8 @@ def collect_exits(
     records = _gather(records, rank, world)
     if not records:
         raise ValueError("the loader yielded no batch; an exit table needs at least one sample.")
-    confidences, predictions, targets, logits = zip(*records, strict=True)
+    confidences, predictions, targets, samples, shapes, logits = zip(*records, strict=True)
+    sizes = {tuple(shape.tolist()) for shape in shapes}
     table = ExitTable(
         np.concatenate(confidences, 1),
         np.concatenate(predictions, 1),
@@ -283,13 +321,25 @@ def collect_exits(
         np.concatenate(logits, 1) if keep_logits else None,
         measure,
         temperatures,
+        np.concatenate(samples),
+        {
+            "model": describe_model(model),
+            "weights": weights_digest(model),
+            "input_size": list(sizes.pop()) if len(sizes) == 1 else None,
+            "transform": None,
+            "data": None,
+            "split": None,
+            "classes": None,
+            **(about or {}),
+        },
     )
     if part is not None:
         part.path.unlink(missing_ok=True)
     return table
 
 
-_Record = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]  # confidence, prediction, target, logits
+# confidence, prediction, target, sample, shape of one sample, logits
+_Record = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def _ask(model, batch, device, measure, temperatures, keep_logits) -> _Record:
@@ -300,6 +350,8 @@ def _ask(model, batch, device, measure, temperatures, keep_logits) -> _Record:
         sure.cpu().numpy(),
         torch.stack([z.argmax(-1) for z in outputs]).cpu().numpy(),
         target.cpu().numpy(),
+        sample_digests(images),
+        np.array(images.shape[1:]),
         torch.stack([z.float() for z in outputs]).cpu().numpy() if keep_logits else None,
     )
 
@@ -466,4 +518,4 @@ def _unpack(payload: bytes) -> _Record:
     buffer, arrays = io.BytesIO(payload), []
     while buffer.tell() < len(payload):
         arrays.append(np.load(buffer, allow_pickle=False))
-    return (*arrays, None) if len(arrays) == 3 else tuple(arrays)
+    return (*arrays, None) if len(arrays) == 5 else tuple(arrays)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .policy import ExitPolicy, describe_model
+from .digests import SampleRecord
+from .policy import ExitPolicy, check_same_model, describe_model
 from .table import ExitTable
 
 __all__ = [
@@ -606,7 +607,8 @@ def solve_thresholds(
             ``msdnet`` (Huang et al. 2018, section 4.2; the point of its sweep nearest below the budget; option
             ``sweep``: ``msdnet``, ``dyn_perceiver`` or shares (P, K)), ``genetic`` (DVT, section 3.3; options
             ``population``, ``generations``, ``mutation``, ``seed``).
-        model: the model, or what ``describe_model`` said of it; the policy then runs on no other.
+        model: the model, or what ``describe_model`` said of it; the policy then runs on no other. Default the one the
+            table was collected from, if it knows.
         holdout: further samples that choose among the solutions whose accuracy on ``table`` is within one standard
             error of the best; the budget still holds on ``table``.
         options: of the method.
@@ -644,14 +646,14 @@ def solve_thresholds(
     source = {
         "method": method,
         "target": {"budget": float(budget)} if accuracy is None else {"accuracy": float(accuracy)},
-        "samples": split.num_samples,
+        "samples": SampleRecord.of(table.sample, table.num_samples).to_json(),
         "sha256": table.digest(),
         "accuracy": best.correct / split.num_samples,
         "cost": best.cost,
         "shares": [float(share) for share in _shares(split, best.thresholds)],
     }
     if holdout is not None:
-        source["holdout_samples"] = holdout.num_samples
+        source["holdout_samples"] = SampleRecord.of(holdout.sample, holdout.num_samples).to_json()
     if options:
         source["options"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in options.items()}
     return ExitPolicy(
@@ -659,9 +661,22 @@ def solve_thresholds(
         measure=table.measure,
         temperatures=np.array(table.temperatures),
         costs=costs,
-        model=describe_model(model) if isinstance(model, nn.Module) else model,
+        model=_model_of(table, model),
         source=source,
     )
+
+
+def _model_of(table: ExitTable, model: nn.Module | dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the policy remembers of its model: what the caller says, and what the table knows."""
+    about = table.about or {}
+    described = describe_model(model) if isinstance(model, nn.Module) else model
+    if described is None:
+        described = about.get("model")
+    elif about.get("model") is not None:
+        check_same_model(described, about["model"], "the table")
+    if described is None:
+        return None
+    return {key: about[key] for key in ("weights", "input_size", "classes") if about.get(key) is not None} | described
 
 
 def _target(split: _Split, budget: float | None, accuracy: float | None) -> _Target:
@@ -752,6 +767,7 @@ def policy_path(
         path.append(_spend(split, np.maximum(path[-1], solved.thresholds), float(budget)))
     path.append(split.nobody_early())
     policies, digest = [], table.digest()
+    described, samples = _model_of(table, model), SampleRecord.of(table.sample, table.num_samples).to_json()
     for step, thresholds in enumerate(path):
         point = split.point(thresholds)
         policies.append(
@@ -760,11 +776,11 @@ def policy_path(
                 measure=table.measure,
                 temperatures=np.array(table.temperatures),
                 costs=costs,
-                model=describe_model(model) if isinstance(model, nn.Module) else model,
+                model=described,
                 source={
                     "method": method,
                     "path": {"step": step, "of": steps},
-                    "samples": split.num_samples,
+                    "samples": samples,
                     "sha256": digest,
                     "accuracy": point.correct / split.num_samples,
                     "cost": point.cost,

@@ -129,7 +129,7 @@ def test_capped_controller_stays_below_the_cap(path):
 def test_drift_is_quiet_on_the_same_distribution_and_loud_on_another(path):
     policy, test = path[12], realistic_table(4, 3000, seed=5)
     for table, loud in ((test, False), (harder(test, 1.5), True)):
-        monitor = ExitRateMonitor(policy.source["shares"], policy.source["samples"], window=2000)
+        monitor = ExitRateMonitor(policy.source["shares"], policy.source["samples"]["count"], window=2000)
         exits = policy.choose(table.confidence)
         for part in np.split(exits, 30):
             monitor.update(part)

@@ -103,7 +103,7 @@ def test_certificate_is_recorded_and_survives_the_file(path, tmp_path):
     table = realistic_table(4, 1000, seed=7)
     policy = certify(path, table, epsilon=0.05, delta=0.1, method="ucb")
     about = policy.certificate
-    assert about["method"] == "ucb" and about["samples"] == 1000 and about["sha256"] == table.digest()
+    assert about["method"] == "ucb" and about["samples"]["count"] == 1000 and about["sha256"] == table.digest()
     assert about["risk"] == path_losses([policy], table).mean()
     assert about["risk"] <= about["bound"] <= 0.05
     policy.save(tmp_path / "policy.json")

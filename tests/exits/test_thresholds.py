@@ -299,7 +299,7 @@ def test_holdout_chooses_among_near_equal_solutions_within_the_budget():
     assert chosen.source["cost"] <= budget
     assert naive_run(holdout, chosen.thresholds, costs)[0] >= naive_run(holdout, alone.thresholds, costs)[0]
     assert alone.source["accuracy"] - chosen.source["accuracy"] <= 0.02
-    assert chosen.source["holdout_samples"] == 800
+    assert chosen.source["holdout_samples"]["count"] == 800
 
 
 def test_policy_says_where_it_comes_from_and_runs_on_its_model_only():
