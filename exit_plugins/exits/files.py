@@ -1,13 +1,24 @@
 """Writing files so that an interrupted run never leaves half of one, nor loses the one that was there."""
 
+import contextlib
+import ctypes
+import errno
+import glob
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["atomic_write"]
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: what killed runs left is then not cleaned up
+    fcntl = None
+
+__all__ = ["atomic_folder", "atomic_write"]
 
 
 @contextmanager
@@ -22,11 +33,193 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; the result should be as readable as any other file the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new, empty folder to write into, which becomes ``path`` when the block ends without an error.
+
+    Until then ``path`` is as it was, whatever happens, and from then on it holds what the block wrote and, beside it,
+    what ``path`` held under other names: those files are linked over, never moved out of a folder that could vanish.
+    Killed at any moment, ``path`` is the whole old folder or the whole new one (on Linux, where two folders change
+    places in one step; elsewhere there is an instant in which the old one stands beside it under a hidden name, and the
+    next call puts it back). What a killed run left behind is removed by the next call for the same ``path``.
+
+    A ``path`` that cannot be renamed (a mount point, a folder in one that is not writable) gets the files one by one,
+    each of them whole.
+
+    Raises:
+        NotADirectoryError: ``path`` is a file.
+    """
+    path = Path(path).resolve()  # a link to a folder stays a link
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected a folder, or a name that is still free.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up(path)
+    inside = path.exists() and (not os.access(path.parent, os.W_OK) or os.path.ismount(path))
+    new = Path(tempfile.mkdtemp(dir=path if inside else path.parent, prefix=f".{path.name}.", suffix=".new"))
+    with _locked(new):
+        try:
+            yield new
+            written = _files(new)
+            for file in written:
+                _sync(new / file)
+            if inside:
+                _place(new, path)
+                shutil.rmtree(new)
+                return
+            if path.exists():
+                _link_others(path, new, written)
+                shutil.copymode(path, new)
+            else:
+                os.chmod(new, 0o777 & ~_umask())
+            _sync(new)
+            old = _swap(new, path)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+    _sync(path.parent)
+    if old is not None:
+        _empty(old, path, written)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _files(folder: Path) -> set[Path]:
+    """Paths of all files and links below ``folder``, relative to it."""
+    found = set()
+    for root, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        found.update(Path(root, name).relative_to(folder) for name in (*names, *links))
+    return found
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written, where the system can say so of this kind of file."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _link_others(old: Path, new: Path, written: set[Path]) -> None:
+    """Let ``new`` hold the files of ``old`` that are not in ``written`` too: the same files if possible, not copies."""
+    for file in _files(old) - written:
+        target = new / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(old / file, target, follow_symlinks=False)
+        except OSError:  # a file system without links
+            shutil.copy2(old / file, target, follow_symlinks=False)
+    for root, folders, _ in os.walk(old):
+        for name in folders:
+            target = new / Path(root, name).relative_to(old)
+            if not target.is_symlink():
+                target.mkdir(parents=True, exist_ok=True)
+
+
+def _swap(new: Path, path: Path) -> Path | None:
+    """Put ``new`` in the place of ``path``; where what stood there is now, if something did."""
+    if not path.exists():
+        os.rename(new, path)
+        return None
+    if _exchange(new, path):
+        return new
+    old = new.with_suffix(".old")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    return old
+
+
+def _empty(old: Path, path: Path, written: set[Path]) -> None:
+    """Remove what ``path`` was before, but for what another process has put there meanwhile: that goes to ``path``."""
+    for file in _files(old):
+        with contextlib.suppress(FileNotFoundError):  # somebody else is cleaning up too
+            here, there = old / file, path / file
+            same = os.path.lexists(there) and os.path.samestat(here.lstat(), there.lstat())
+            if file in written or same:
+                here.unlink()
+            else:
+                there.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(here, there)
+    for root, _, _ in os.walk(old, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(root)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system has no such step."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # an old C library
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP):  # this file system cannot
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _place(new: Path, path: Path) -> None:
+    """Rename the files of ``new`` over those of ``path``, one by one."""
+    for file in sorted(_files(new)):
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / file, path / file)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, by which others see that the folder is being written."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _clean_up(path: Path) -> None:
+    """Put an old folder back that a killed run had to rename, and remove the folders that killed runs left."""
+    pattern = f".{glob.escape(path.name)}.*"
+    for old in path.parent.glob(f"{pattern}.old"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, path)
+    for left in {*path.parent.glob(f"{pattern}.new"), *path.glob(f"{pattern}.new")} if fcntl else ():
+        try:
+            handle = os.open(left, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process is writing it
+            continue
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(handle)
