@@ -62,7 +62,7 @@ def plan_layers(
     growth: int,
     prune: str = "max",
     reduction: float = 0.5,
-    fuses_dropped: bool = True,
+    drops_between: bool = False,
 ) -> list[LayerPlan]:
     """The layers of a multi-scale dense network as its paper has them.
 
@@ -71,12 +71,12 @@ def plan_layers(
         num_scales: S.
         width: base channel count of the stem.
         growth: base channel count each layer adds.
-        prune: ``max`` drops a scale every ceil(N / S) layers and reduces the width after the layer that drops it.
-            ``min`` keeps a scale for as long as the last exit can still read it and reduces the width after one and
-            two thirds of the layers.
+        prune: ``max`` drops a scale every ceil(N / S) layers and reduces the width there. ``min`` keeps a scale for as
+            long as the last exit can still read it and reduces the width after one and two thirds of the layers.
         reduction: factor of the width at a transition; 0 for no transitions.
-        fuses_dropped: whether the finest kept scale of a layer that drops a scale still reads the dropped one
-            (MSDNet does, CHASE does not).
+        drops_between: where ``max`` drops a scale. MSDNet does it inside a layer, which still reads the scale it drops,
+            and reduces the width behind that layer. CHASE does it between two layers: the width is reduced behind the
+            last layer that has the scale, and the next one no longer reads it.
     """
     plans = []
     for layer in range(1, num_layers + 1):
@@ -84,7 +84,8 @@ def plan_layers(
             interval = math.ceil(num_layers / num_scales)
             scales_in = num_scales - max(0, layer - 2) // interval
             scales_out = num_scales - (layer - 1) // interval
-            transition = scales_in > scales_out
+            drops_next = layer % interval == 0 and layer < num_layers
+            transition = drops_next if drops_between else scales_in > scales_out
         elif prune == "min":
             scales_in = min(num_scales, num_layers - layer + 2)
             scales_out = min(num_scales, num_layers - layer + 1)
@@ -92,7 +93,7 @@ def plan_layers(
         else:
             raise ValueError(f"prune must be 'max' or 'min', got {prune!r}.")
         first_in, first_out = num_scales - scales_in, num_scales - scales_out
-        reads = tuple(range(first_in if fuses_dropped else first_out, num_scales))
+        reads = tuple(range(first_out if drops_between else first_in, num_scales))
         kept = tuple(range(first_out, num_scales))
         transition = transition and reduction > 0
         out_width = width + growth
@@ -288,6 +289,7 @@ class MultiScaleNet(MultiExit, nn.Module):
     """
 
     fuses_new = False  # whether a layer's fused features read what the finer scale computes in the same layer
+    drops_between = False  # whether scales are dropped between layers or inside one, see ``plan_layers``
     act_layer: type[nn.Module] = nn.ReLU
 
     def __init__(
@@ -329,9 +331,9 @@ class MultiScaleNet(MultiExit, nn.Module):
         self.num_exits = blocks
         self.exit_layers = [sum(steps[: i + 1]) - 1 for i in range(blocks)]  # the layer each exit reads behind
         num_layers, num_scales = sum(steps), len(factors)
-        plans = plan_layers(num_layers, num_scales, width, growth, prune, reduction, not self.fuses_new)
+        plans = plan_layers(num_layers, num_scales, width, growth, prune, reduction, self.drops_between)
         wanted = [{num_scales - 1} if layer in self.exit_layers else set() for layer in range(num_layers)]
-        self._plan(plans, wanted, steps[-1])
+        self._plan(plans, wanted, steps)
 
         finest, stem_reduction = self._make_stem(width * factors[0], dd)
         coarser = [
@@ -339,9 +341,7 @@ class MultiScaleNet(MultiExit, nn.Module):
         ]
         self.stem = MultiScaleStem(in_chans, finest, coarser, self.stem_scales)
         rates = calculate_drop_path_rates(drop_path_rate, num_layers)
-        self.layers = nn.ModuleList(
-            self._make_layer(index, plan, rates[index:], dd) for index, plan in enumerate(self.plans)
-        )
+        self.layers = nn.ModuleList(self._make_layer(index, plan, rates, dd) for index, plan in enumerate(self.plans))
         heads = []
         for layer in self.exit_layers:
             channels = self._channels(layer, num_scales - 1)
@@ -381,8 +381,8 @@ class MultiScaleNet(MultiExit, nn.Module):
 
     # What the architectures differ in -----------------------------------------------------------------------------
 
-    def _plan(self, plans: list[LayerPlan], wanted: list[set[int]], last_step: int) -> None:
-        """Settle ``self.plans`` and ``self.stem_scales``."""
+    def _plan(self, plans: list[LayerPlan], wanted: list[set[int]], steps: list[int]) -> None:
+        """Settle ``self.plans`` and ``self.stem_scales``; ``steps`` are the layers of each block."""
         self.plans, self.stem_scales = trim_plan(plans, wanted, self.fuses_new)
 
     def _make_stem(self, width: int, dd: dict[str, Any]) -> tuple[nn.Module, int]:
@@ -409,7 +409,7 @@ class MultiScaleNet(MultiExit, nn.Module):
         return ConvNormAct(in_chs, out_chs, kernel, stride=stride, act_layer=self.act_layer, **kwargs)
 
     def _make_layer(self, index: int, plan: LayerPlan, rates: Sequence[float], dd: dict[str, Any]) -> nn.Module:
-        """Layer ``index``; ``rates`` are the drop path rates from this layer on."""
+        """Layer ``index``; ``rates`` are the drop path rates of all layers, in order."""
         scales = {}
         for s in plan.computes:
             factor, total = self.growth_factors[s], self.growth * self.growth_factors[s]
@@ -423,7 +423,7 @@ class MultiScaleNet(MultiExit, nn.Module):
             transition = nn.Identity()
             if plan.transition and s in plan.returns:
                 transition = self._conv((plan.in_width + self.growth) * factor, plan.out_width * factor, 1, **dd)
-            scales[s] = DenseScale(normal, down, transition, rates[0], self.fuses_new)
+            scales[s] = DenseScale(normal, down, transition, rates[index], self.fuses_new)
         return DenseLayer(scales, plan)
 
     def _channels(self, layer: int, scale: int) -> int:
