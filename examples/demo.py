@@ -71,7 +71,7 @@ def make_loader(view, args: argparse.Namespace, training: bool) -> DataLoader:
 
 def train(model: torch.nn.Module, loader: DataLoader, args: argparse.Namespace) -> None:
     """timm's optimizer and scheduler, our loss over all exits, a plain loop."""
-    loss_of = MultiExitLoss(model.num_exits, label_smoothing=0.1)
+    loss_of = MultiExitLoss.for_model(model, label_smoothing=0.1)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
     steps = args.epochs * len(loader)
     scheduler = CosineLRScheduler(optimizer, steps, warmup_t=len(loader), warmup_lr_init=1e-5, t_in_epochs=False)

@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="train on this many images, drawn at random")
     parser.add_argument("--model", default="chase_cifar", choices=list_models(), metavar="MODEL")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE")
-    parser.add_argument("--exit-loss", default="chase", choices=tuple(LOSS_PRESETS))
+    parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="default: the model's own")
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--opt", default="adamw")
@@ -164,7 +164,7 @@ class Run:
         self.model = timm.create_model(args.model, num_classes=num_classes, **drop_path, **args.model_kwargs).to(device)
         self.model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU too
         self.trained = torch.compile(self.model) if args.compile else self.model
-        self.loss = MultiExitLoss(self.model.num_exits, args.exit_loss, label_smoothing=args.smoothing)
+        self.loss = MultiExitLoss.for_model(self.model, args.exit_loss, label_smoothing=args.smoothing)
         self.optimizer = create_optimizer_v2(self.model, args.opt, lr=args.lr, weight_decay=args.weight_decay)
         self.steps_per_epoch = steps_per_epoch
         self.scheduler = CosineLRScheduler(

@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-split", default="validation")
     parser.add_argument("--model", default="dynperceiver_test", choices=list_models(), metavar="MODEL")
     parser.add_argument("--img-size", type=int, help="default: the model's own")
-    parser.add_argument("--exit-loss", default="paper", choices=tuple(LOSS_PRESETS))
+    parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="default: the model's own")
     parser.add_argument("--exit-loss-alpha", type=float, help="of the preset paper (default: 0.5)")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=128)

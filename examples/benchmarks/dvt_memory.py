@@ -120,7 +120,7 @@ def measure(name: str, options: dict, args: argparse.Namespace, checkpointing: b
     with mode:
         images = torch.randn(args.batch, *size, device=device)
         target = torch.zeros(args.batch, dtype=torch.int64, device=device)
-    loss_of = MultiExitLoss(model.num_exits, "dvt")
+    loss_of = MultiExitLoss.for_model(model)
     model.set_grad_checkpointing(checkpointing)
 
     def train() -> None:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LOSS_PRESETS", "ExitWeights", "MultiExitLoss"]
+from .protocol import check_multi_exit
+
+__all__ = ["LOSS_PRESETS", "ExitWeights", "MultiExitLoss", "own_preset"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,28 @@ def _plain_sum(num_exits: int, alpha: float) -> ExitWeights:
     return ExitWeights((1.0,) * num_exits, (0.0,) * num_exits)
 
 
-LOSS_PRESETS = {"paper": _paper, "released": _released, "dvt": _plain_sum, "chase": _plain_sum}
+LOSS_PRESETS = {
+    "paper": _paper,
+    "released": _released,
+    "msdnet": _plain_sum,
+    "dvt": _plain_sum,
+    "chase": _plain_sum,
+}
+
+
+def own_preset(model: nn.Module) -> tuple[str, str]:
+    """The preset to train ``model`` with where nothing is asked for, and in a few words why it is this one.
+
+    It is the one of the paper that the model comes from, by the model's attribute ``exit_loss``; for a model that names
+    none it is ``paper``.
+    """
+    name = type(model).__name__
+    preset = getattr(model, "exit_loss", "")
+    if not preset:
+        return "paper", f"the default, as {name} names no loss of its own"
+    if preset not in LOSS_PRESETS:
+        raise ValueError(f"{name}.exit_loss is {preset!r}; expected one of {', '.join(LOSS_PRESETS)}.")
+    return preset, f"what {name} is published with"
 
 
 class MultiExitLoss(nn.Module):
@@ -46,8 +69,9 @@ class MultiExitLoss(nn.Module):
 
     Args:
         num_exits: K, the length of the tuples it will be given.
-        preset: ``paper`` (Dyn-Perceiver eq. 3), ``released`` (weights of the public Dyn-Perceiver models), ``dvt`` or
-            ``chase`` (both: unweighted sum of the cross-entropies).
+        preset: ``paper`` (Dyn-Perceiver eq. 3), ``released`` (weights of the public Dyn-Perceiver models), ``msdnet``,
+            ``dvt`` or ``chase`` (all three: unweighted sum of the cross-entropies). ``MultiExitLoss.for_model(model)``
+            takes the one its architecture was published with.
         alpha: share of the cross-entropy in the early exits' loss; used by ``paper`` alone.
         label_smoothing: of hard targets; soft targets (mixup, cutmix) are taken as they are.
         weights: an ``ExitWeights`` of your own instead of a preset.
@@ -89,6 +113,20 @@ class MultiExitLoss(nn.Module):
         self.weights = weights
         self.label_smoothing = label_smoothing
         self.criterion = criterion
+
+    @classmethod
+    def for_model(cls, model: nn.Module, preset: str | None = None, **kwargs) -> "MultiExitLoss":
+        """The loss for ``model``: ``preset``, or where that is None the one of the model's own paper.
+
+        Args:
+            model: a multi-exit model, unwrapped; its ``num_exits`` and ``exit_loss`` are read.
+            preset, kwargs: as of ``MultiExitLoss``.
+
+        Raises:
+            TypeError: the model has no exits.
+        """
+        check_multi_exit(model)
+        return cls(model.num_exits, own_preset(model)[0] if preset is None else preset, **kwargs)
 
     def extra_repr(self) -> str:
         return f"num_exits={self.num_exits}, ce={self.weights.ce}, kl={self.weights.kl}"

@@ -26,9 +26,12 @@ class MultiExit:
     It carries exactly what later segments read.
 
     In training ``forward`` returns the tuple of every exit's logits, in evaluation the last exit's logits.
+
+    ``exit_loss``, where an architecture sets it, names the preset of ``MultiExitLoss`` that its paper trains it with.
     """
 
     num_exits: int
+    exit_loss = ""
 
     def begin_exits(self, x: Tensor) -> State:
         raise NotImplementedError(f"{type(self).__name__} must define begin_exits(x) -> state")

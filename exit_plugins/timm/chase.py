@@ -114,6 +114,7 @@ class CHASE(MultiScaleNet):
         kwargs: the arguments of ``MultiScaleNet``.
     """
 
+    exit_loss = "chase"  # eq. 5
     fuses_new = True
     drops_between = True
     act_layer = nn.GELU

@@ -588,6 +588,8 @@ class DVT(MultiExit, nn.ModuleDict):
         TypeError: An unknown keyword argument.
     """
 
+    exit_loss = "dvt"  # eq. 1
+
     def __init__(
         self,
         cfg: DVTCfg | None = None,

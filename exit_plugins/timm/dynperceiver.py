@@ -501,6 +501,8 @@ class DynPerceiver(MultiExit, nn.Module):
         features_before_z2x: Take intermediate feature maps before the cross-attention that follows each stage.
     """
 
+    exit_loss = "paper"  # eq. 3
+
     def __init__(
         self,
         cfg: DynPerceiverCfg,

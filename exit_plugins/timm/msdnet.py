@@ -587,6 +587,8 @@ class MultiScaleNet(MultiExit, nn.Module):
 class MSDNet(MultiScaleNet):
     """Multi-scale dense network; the arguments are those of ``MultiScaleNet``."""
 
+    exit_loss = "msdnet"  # section 4: every exit weighs the same
+
     def _make_stem(self, width: int, dd: dict[str, Any]) -> tuple[nn.Module, int]:
         if self.form == "cifar":
             return nn.Sequential(self._conv(self.in_chans, width, 3, **dd)), 1

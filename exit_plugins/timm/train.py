@@ -5,10 +5,13 @@ The first door runs any of timm's scripts with every model of this package regis
     python -m exit_plugins.timm.train PATH/TO/train.py --model dynperceiver_regnety_400mf --data-dir DATA ...
     torchrun --nproc_per_node 2 -m exit_plugins.timm.train PATH/TO/train.py ...
 
-``--exit-loss`` and its companions are ours and go into ``exit_args.yaml`` beside timm's ``args.yaml``; everything else
-is the script's. ``train.py`` gets ``MultiExitTask`` in the place of ``timm.task.ClassificationTask``; validate.py,
-benchmark.py and inference.py run as they are. The second door needs no launcher: ``python train.py --device-modules
-exit_plugins.timm.train ...`` trains with the default loss.
+Every architecture is trained with its own paper's loss unless ``--exit-loss`` or its companions ask for another. These
+options are ours; they may stand in the YAML file of timm's ``--config`` too (``exit_loss: released``; the command line
+comes first), and what was used goes into ``exit_args.yaml`` beside timm's ``args.yaml``. The rest is the script's.
+
+``train.py`` gets ``MultiExitTask`` in the place of ``timm.task.ClassificationTask``; validate.py, benchmark.py and
+inference.py run as they are. The second door needs no launcher: ``python train.py --device-modules
+exit_plugins.timm.train ...`` takes the options from the YAML file alone.
 """
 
 import argparse
@@ -18,9 +21,9 @@ import os
 import runpy
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..exits import MultiExitLoss
 from ..exits.files import atomic_write
-from ..exits.losses import LOSS_PRESETS, ExitWeights
+from ..exits.losses import LOSS_PRESETS, ExitWeights, own_preset
 
 __all__ = ["ExitLossOptions", "MultiExitEvaluator", "MultiExitTask", "main"]
 
@@ -101,7 +104,7 @@ class ExitLossOptions:
     """How the exits are weighted; see ``exit_plugins.MultiExitLoss``.
 
     Attributes:
-        preset: name of a preset, or None for the default one without having asked for it.
+        preset: name of a preset, or None for the one of the model's own paper.
         alpha: of the preset ``paper``.
         ce, kl: weights of the classification and of the distillation term, one per exit, in the preset's place.
     """
@@ -116,10 +119,60 @@ class ExitLossOptions:
         """Whether anything was asked for."""
         return self != ExitLossOptions()
 
-    def loss(self, num_exits: int, criterion: Callable[[Tensor, Tensor], Tensor]) -> MultiExitLoss:
-        """The loss for a model of ``num_exits`` exits, with the host's ``criterion`` at every exit."""
-        preset, alpha = self.preset or "paper", 0.5 if self.alpha is None else self.alpha
-        loss = MultiExitLoss(num_exits, preset, alpha, criterion=criterion)
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "ExitLossOptions":
+        """The options among the keys of a YAML file: ``exit_loss``, ``exit_loss_alpha``, ``_ce`` and ``_kl``.
+
+        The weights are lists or, as on the command line, numbers between commas. What ``exit_args.yaml`` holds is read
+        as it is, so that it can be a ``--config`` itself.
+
+        Raises:
+            ValueError: a key begins with ``exit`` and is none of ours, or a value makes no sense.
+        """
+        known = {
+            "exit_loss": ("preset", _preset),
+            "exit_loss_alpha": ("alpha", _share),
+            "exit_loss_ce": ("ce", _weights),
+            "exit_loss_kl": ("kl", _weights),
+        }
+        given: dict[str, Any] = {}
+        for key, value in values.items():
+            if not str(key).startswith(("exit_", "exit-")) or key in _WRITTEN_ALONG:
+                continue
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}; those of the exits are {', '.join(known)}.")
+            name, parse = known[key]
+            try:
+                given[name] = None if value is None else parse(value)
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"{key}: {error}.") from None
+        return cls(**given)
+
+    def over(self, others: "ExitLossOptions") -> "ExitLossOptions":
+        """These options, and those of ``others`` where nothing is said here.
+
+        A preset replaces whatever ``others`` weigh the exits by: its own weights would be none of theirs.
+        """
+        if self.preset is not None:
+            return self
+        return ExitLossOptions(**asdict(others) | {k: v for k, v in asdict(self).items() if v is not None})
+
+    def check(self) -> "ExitLossOptions":
+        """These options; ValueError where they contradict each other."""
+        if self.alpha is not None and self.preset not in (None, "paper"):
+            raise ValueError(f"exit_loss_alpha belongs to the preset paper, not to {self.preset}.")
+        return self
+
+    def loss(self, model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> MultiExitLoss:
+        """The loss for a multi-exit ``model``, with the host's ``criterion`` at every exit."""
+        preset = self.preset or own_preset(model)[0]
+        if self.alpha is not None and preset != "paper":
+            raise ValueError(
+                f"--exit-loss-alpha belongs to the preset paper, and {type(model).__name__} is trained with {preset}: "
+                "leave it out, or say --exit-loss paper."
+            )
+        num_exits = int(model.num_exits)
+        loss = MultiExitLoss(num_exits, preset, 0.5 if self.alpha is None else self.alpha, criterion=criterion)
         if self.ce is None and self.kl is None:
             return loss
         weights = ExitWeights(
@@ -133,7 +186,13 @@ class ExitLossOptions:
         for index, pair in enumerate(zip(weights.ce, weights.kl, strict=True)):
             if not any(pair):
                 raise ValueError(f"exit {index + 1} has no weight in the loss and would never be trained.")
-        return MultiExitLoss(num_exits, weights=weights, criterion=criterion)
+        return MultiExitLoss(num_exits, preset, weights=weights, criterion=criterion)
+
+    def reason(self, model: nn.Module) -> str:
+        """Which preset ``loss(model)`` takes and why, in words for a log."""
+        preset, why = (self.preset, "as asked for") if self.preset else own_preset(model)
+        weighed = [f"exit_loss_{name}" for name in ("ce", "kl") if getattr(self, name) is not None]
+        return f"{preset}, {why}" + (f", with {' and '.join(weighed)} as asked for" if weighed else "")
 
 
 class MultiExitTask(ClassificationTask):
@@ -146,8 +205,8 @@ class MultiExitTask(ClassificationTask):
     Args:
         model: a multi-exit model, or any classifier.
         criterion, criterion_kwargs, device, dtype, verbose: as in timm's ``ClassificationTask``.
-        exit_loss: how the exits are weighted: ``ExitLossOptions``, or a ``MultiExitLoss`` of your own, which then
-            computes the whole loss.
+        exit_loss: how the exits are weighted: ``ExitLossOptions``, by default the model's own, or a ``MultiExitLoss``
+            of yours, which then computes the whole loss.
 
     Raises:
         TypeError: exits were weighted for a model that has none, or that torch.jit.script reduced to its last exit.
@@ -176,8 +235,10 @@ class MultiExitTask(ClassificationTask):
         if not self.multi_exit:
             self._check_single_exit(inner, exit_loss)
             return
+        reason = "given to the task"
         if isinstance(exit_loss, ExitLossOptions):
-            exit_loss = exit_loss.loss(inner.num_exits, self.criterion)
+            reason = exit_loss.reason(inner)
+            exit_loss = exit_loss.loss(inner, self.criterion)
         if exit_loss.num_exits != inner.num_exits:
             raise ValueError(
                 f"the loss was made for {exit_loss.num_exits} exits and {type(inner).__name__} has {inner.num_exits}; "
@@ -187,7 +248,7 @@ class MultiExitTask(ClassificationTask):
         # TrainingTask.get_eval_model() finds this name; so does compile().
         self.eval_model = _ExitRecorder(model)
         if self.verbose:
-            _logger.info(f"Training {inner.num_exits} exits: {self.exit_loss.extra_repr()}")
+            _logger.info(f"Training {inner.num_exits} exits: loss {reason}: {self.exit_loss.extra_repr()}")
 
     @staticmethod
     def _check_single_exit(model: nn.Module, exit_loss: MultiExitLoss | ExitLossOptions) -> None:
@@ -416,8 +477,16 @@ def _training_names(options: ExitLossOptions) -> dict[str, dict[str, Any]]:
     import timm.task
     import timm.utils
 
+    chosen = {"exit_loss": options.preset, "exit_loss_alpha": options.alpha}
+    chosen |= {"exit_loss_ce": options.ce, "exit_loss_kl": options.kl}
+
     class Task(MultiExitTask):
         exit_loss_options = options
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if self.multi_exit:
+                chosen.update(_as_options(self.exit_loss, options))
 
     Task.__name__ = Task.__qualname__ = "MultiExitTask"
     log = _ValidationLog(timm.utils.accuracy, timm.utils.update_summary)
@@ -425,7 +494,7 @@ def _training_names(options: ExitLossOptions) -> dict[str, dict[str, Any]]:
 
     def get_outdir(*args: Any, **kwargs: Any) -> str:
         folder = make_folder(*args, **kwargs)
-        _write_options(options, folder)
+        _write_options(chosen, folder)
         return folder
 
     others = [n for n in _RELIED_ON["timm.task"] if n.endswith("Task") and n != "ClassificationTask"]
@@ -462,10 +531,18 @@ def _average_exits(module: nn.Module, args: tuple, output: Any) -> Any:
     return torch.stack(output).mean(0) if module.training and isinstance(output, tuple) else output
 
 
-def _write_options(options: ExitLossOptions, folder: str) -> None:
-    alpha = 0.5 if options.alpha is None and options.preset in (None, "paper") else options.alpha
-    stored = {"exit_loss": options.preset or "paper", "exit_loss_alpha": alpha, "exit_loss_ce": options.ce}
-    stored |= {"exit_loss_kl": options.kl, "exit_plugins": __version__, "timm": timm.__version__}
+_WRITTEN_ALONG = ("exit_plugins", "timm")  # versions, in exit_args.yaml
+
+
+def _as_options(loss: MultiExitLoss, options: ExitLossOptions) -> dict[str, Any]:
+    """What ``loss`` weighs the exits by, as the options that ask for the same again."""
+    alpha = (0.5 if options.alpha is None else options.alpha) if loss.preset == "paper" else None
+    stored = {"exit_loss": loss.preset, "exit_loss_alpha": alpha}
+    return stored | {"exit_loss_ce": loss.weights.ce, "exit_loss_kl": loss.weights.kl}
+
+
+def _write_options(stored: dict[str, Any], folder: str) -> None:
+    stored = stored | dict(zip(_WRITTEN_ALONG, (__version__, timm.__version__), strict=True))
     with atomic_write(os.path.join(folder, "exit_args.yaml")) as file:
         yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}, file, sort_keys=False)
 
@@ -517,17 +594,24 @@ def check_script(path: str) -> bool:
     return "ClassificationTask" in taken
 
 
-def _weights(text: str) -> tuple[float, ...]:
+def _preset(text: Any) -> str:
+    if not isinstance(text, str) or text not in LOSS_PRESETS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(LOSS_PRESETS)}, got {text!r}")
+    return text
+
+
+def _weights(text: Any) -> tuple[float, ...]:
     try:
-        return tuple(float(weight) for weight in text.split(","))
-    except ValueError:
+        parts = text.split(",") if isinstance(text, str) else text if isinstance(text, (list, tuple)) else (text,)
+        return tuple(float(weight) for weight in parts)
+    except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"expected numbers between commas, one per exit, got {text!r}") from None
 
 
-def _share(text: str) -> float:
+def _share(text: Any) -> float:
     try:
         value = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         value = -1.0
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text!r}")
@@ -544,11 +628,33 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.add_argument("script", help="timm's train.py, validate.py, benchmark.py or inference.py")
-    parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="weights of the exits (default: paper)")
+    parser.add_argument(
+        "--exit-loss", choices=tuple(LOSS_PRESETS), help="weights of the exits (default: the model's own)"
+    )
     parser.add_argument("--exit-loss-alpha", type=_share, metavar="A", help="of the preset paper (default: 0.5)")
     parser.add_argument("--exit-loss-ce", type=_weights, metavar="W,W,...", help="classification weight of every exit")
     parser.add_argument("--exit-loss-kl", type=_weights, metavar="W,W,...", help="distillation weight of every exit")
     return parser
+
+
+def _config_options(argv: Sequence[str]) -> ExitLossOptions:
+    """Our options in the YAML file that ``argv`` names for the script's ``--config``, found as the script finds it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-c", "--config", default="")
+    path = parser.parse_known_args(argv)[0].config
+    if not path:
+        return ExitLossOptions()
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no options: expected lines of the form 'name: value'.")
+    try:
+        return ExitLossOptions.read(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -563,10 +669,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     ours, theirs = parser.parse_known_args(argv)
     options = ExitLossOptions(ours.exit_loss, ours.exit_loss_alpha, ours.exit_loss_ce, ours.exit_loss_kl)
-    if options.alpha is not None and options.preset not in (None, "paper"):
-        parser.error(f"--exit-loss-alpha belongs to the preset paper, not to {options.preset}.")
     try:
         trains = check_script(ours.script)
+        options = options.over(_config_options(theirs) if trains else ExitLossOptions()).check()
     except (FileNotFoundError, ImportError, ValueError) as error:
         parser.error(str(error))
     if options.explicit and not trains:
@@ -594,7 +699,7 @@ def _as_device_module() -> None:
         frame = frame.f_back
     else:
         return
-    names = _training_names(MultiExitTask.exit_loss_options)
+    names = _training_names(ExitLossOptions.read(vars(args)).check())  # timm keeps unknown keys of a YAML file there
     if frame.f_globals.get("ClassificationTask") is not ClassificationTask:
         check_script(frame.f_globals.get("__file__", ""))
     for module, swaps in names.items():

@@ -42,11 +42,17 @@ def batch(model: torch.nn.Module, size: int = 4) -> tuple[torch.Tensor, torch.Te
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
+# What each architecture's paper trains it with: the weight of an early exit's cross-entropy, and of its distillation.
+PAPERS = {"dynperceiver": (0.5, 0.5), "dvt": (1.0, 0.0), "msdnet": (1.0, 0.0), "chase": (1.0, 0.0)}
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_loss_of_the_paper_by_hand(name):
+def test_every_architecture_is_trained_with_its_papers_loss(name, caplog):
     model = make(name)
     x, target = batch(model)
-    task = MultiExitTask(model, LabelSmoothingCrossEntropy(0.1), verbose=False)
+    with caplog.at_level("INFO"):
+        task = MultiExitTask(model, LabelSmoothingCrossEntropy(0.1))
+    assert f"loss {model.exit_loss}, what {type(model).__name__} is published with: " in caplog.text
     torch.manual_seed(2)
     result = task(x, target)
     torch.manual_seed(2)
@@ -54,13 +60,26 @@ def test_loss_of_the_paper_by_hand(name):
     smooth = 0.9 * F.one_hot(target, 3) + 0.1 / 3
     teacher = last.detach().softmax(-1)
     expected = -(smooth * last.log_softmax(-1)).sum(-1).mean()
+    ce, kl = PAPERS[name.split("_")[0]]
     for logits in early:
         log_p = logits.log_softmax(-1)
-        expected += 0.5 * -(smooth * log_p).sum(-1).mean() + 0.5 * (teacher * (teacher.log() - log_p)).sum(-1).mean()
+        expected += ce * -(smooth * log_p).sum(-1).mean() + kl * (teacher * (teacher.log() - log_p)).sum(-1).mean()
     torch.testing.assert_close(result["loss"], expected)
     torch.testing.assert_close(result["output"], last)
     result["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
+    torch.manual_seed(2)
+    torch.testing.assert_close(MultiExitLoss.for_model(model, label_smoothing=0.1)(model(x), target), expected)
+
+
+def test_what_was_asked_for_comes_first_and_is_logged(caplog):
+    model = make("dvt_test")
+    with caplog.at_level("INFO"):
+        task = MultiExitTask(model, exit_loss=ExitLossOptions("released", kl=(0.0, 0.1, 0.0)))
+    assert task.exit_loss.weights.ce == MultiExitLoss(3, "released").weights.ce
+    assert "loss released, as asked for, with exit_loss_kl as asked for: " in caplog.text
+    with pytest.raises(ValueError, match="DVT is trained with dvt"):
+        MultiExitTask(model, exit_loss=ExitLossOptions(alpha=0.3))
 
 
 @pytest.mark.parametrize("criterion", [SoftTargetCrossEntropy(), BinaryCrossEntropy()])
@@ -172,10 +191,13 @@ def test_a_name_that_is_gone_is_named_with_timms_version(monkeypatch, owner):
 TRAIN = """
 import argparse, importlib, os, sys
 import torch
+import yaml
 from timm import utils
 from timm.models import create_model
 from timm.task import ClassificationTask, LogitDistillationTask
 
+config_parser = argparse.ArgumentParser(add_help=False)
+config_parser.add_argument("-c", "--config", default="")
 parser = argparse.ArgumentParser()
 parser.add_argument("--model")
 parser.add_argument("--output")
@@ -192,7 +214,11 @@ def train_one_epoch(task, optimizer, x, target):
 
 
 def main():
-    args = parser.parse_args()
+    config, remaining = config_parser.parse_known_args()
+    if config.config:
+        with open(config.config) as file:
+            parser.set_defaults(**yaml.safe_load(file))
+    args = parser.parse_args(remaining)
     for module in args.device_modules or ():
         importlib.import_module(module)
     distributed = "WORLD_SIZE" in os.environ
@@ -261,6 +287,19 @@ def summary(folder: Path) -> dict[str, float]:
     return {key: float(value) for key, value in row.items()}
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_launcher_takes_the_models_own_loss(name, script, tmp_path):
+    train.main([str(script), "--model", name, "--output", str(tmp_path)])
+    check_own_loss(name, tmp_path / "run")
+
+
+def check_own_loss(name: str, run: Path) -> None:
+    options = yaml.safe_load((run / "exit_args.yaml").read_text())
+    (ce, kl), early = PAPERS[name.split("_")[0]], make(name).num_exits - 1
+    assert options["exit_loss_ce"] == [ce] * early + [1.0]
+    assert options["exit_loss_kl"] == [kl] * early + [0.0]
+
+
 def test_launcher_trains_every_exit_and_writes_down_how(script, tmp_path):
     before = timm.task.ClassificationTask, timm.utils.accuracy, list(sys.argv)
     assert train.main([str(script), "--exit-loss", "released", "--model", MODEL, "--output", str(tmp_path)]) == 0
@@ -268,6 +307,10 @@ def test_launcher_trains_every_exit_and_writes_down_how(script, tmp_path):
 
     options = yaml.safe_load((tmp_path / "run" / "exit_args.yaml").read_text())
     assert options["exit_loss"] == "released" and options["timm"] == timm.__version__
+    weights = MultiExitLoss(make().num_exits, "released").weights
+    assert (tuple(options["exit_loss_ce"]), tuple(options["exit_loss_kl"])) == (weights.ce, weights.kl)
+    # The same again.
+    assert ExitLossOptions.read(options).loss(make(), torch.nn.CrossEntropyLoss()).weights == weights
     row = summary(tmp_path / "run")
     model = make().eval()
     model.load_state_dict(torch.load(tmp_path / "run" / "model.pth", weights_only=True))
@@ -281,16 +324,76 @@ def test_launcher_trains_every_exit_and_writes_down_how(script, tmp_path):
     assert row["eval_top1"] == 100 * correct[-1]
 
 
+def test_yaml_keys_act_and_the_command_line_comes_first(script, tmp_path):
+    k = make().num_exits
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"model": MODEL, "exit_loss": "paper", "exit_loss_alpha": 0.25}))
+    for asked, expected in (
+        ([], MultiExitLoss(k, "paper", 0.25)),
+        (["--exit-loss-alpha", "0.75"], MultiExitLoss(k, "paper", 0.75)),
+        (["--exit-loss", "released"], MultiExitLoss(k, "released")),
+    ):
+        train.main([str(script), "--conf", str(config), *asked, "--output", str(tmp_path)])
+        written = tmp_path / "run" / "exit_args.yaml"
+        options = yaml.safe_load(written.read_text())
+        assert (tuple(options["exit_loss_ce"]), tuple(options["exit_loss_kl"])) == (
+            expected.weights.ce,
+            expected.weights.kl,
+        )
+        assert options["exit_loss"] == expected.preset
+    # What a run wrote down is a configuration itself.
+    shutil.copy(written, config)
+    train.main([str(script), "-c", str(config), "--model", MODEL, "--output", str(tmp_path)])
+    assert yaml.safe_load(written.read_text()) == options
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("exit_los: paper", "unknown key 'exit_los'; those of the exits are exit_loss, "),
+        ("exit-loss: paper", "unknown key 'exit-loss'"),
+        ("exit_loss: best", "exit_loss: expected one of paper, "),
+        ("exit_loss: [paper]", "exit_loss: expected one of paper, "),
+        ("exit_loss_alpha: 2", "exit_loss_alpha: expected a number in"),
+        ("exit_loss_ce: many", "exit_loss_ce: expected numbers"),
+        ("exit_loss_ce: {1: 2}", "exit_loss_ce: expected numbers"),
+        ("exit_loss: dvt\nexit_loss_alpha: 0.5", "belongs to the preset paper"),
+        ("- 1", "holds no options"),
+        ("a: [", "is no YAML file"),
+        (None, "No such file"),
+    ],
+)
+def test_yaml_files_that_make_no_sense_are_refused_before_training(script, tmp_path, capsys, text, error):
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        train.main([str(script), "--model", MODEL, "--output", str(tmp_path), "-c", str(config)])
+    assert exit_.value.code == 2 and error in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def run(*command, **environment) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_second_door_reads_the_yaml_file(script, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("exit_loss: released\n")
+    command = (script, "--device-modules", "exit_plugins.timm.train", "--model", MODEL, "--output", tmp_path)
+    done = run(*command, "--config", config)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "run" / "exit_args.yaml").read_text())["exit_loss"] == "released"
+    config.write_text("exit_los: released\n")
+    assert "unknown key 'exit_los'" in run(*command, "--config", config).stderr
 
 
 def test_second_door_needs_no_launcher(script, tmp_path):
     done = run(script, "--device-modules", "exit_plugins.timm.train", "--model", MODEL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "eval_top1_exit1" in summary(tmp_path / "run")
-    assert yaml.safe_load((tmp_path / "run" / "exit_args.yaml").read_text())["exit_loss"] == "paper"
+    assert yaml.safe_load((tmp_path / "run" / "exit_args.yaml").read_text())["exit_loss"] == make().exit_loss
 
 
 def test_two_processes_stay_together(script, tmp_path):
@@ -409,6 +512,7 @@ def test_train_py(case, data, tmp_path):
 def test_train_py_on_every_architecture_then_resume_by_yaml(name, data, tmp_path):
     script = str(SCRIPTS / "train.py")
     train.main([script, *options(data, tmp_path / "a", name)])
+    check_own_loss(name, tmp_path / "a" / "run")
     (tmp_path / "config.yaml").write_text("epochs: 2\nexperiment: run\n")
     arguments = [a for a in options(data, tmp_path / "b", name) if a not in ("--epochs", "1", "--experiment", "run")]
     last = tmp_path / "a" / "run" / "last.pth.tar"
