@@ -27,6 +27,7 @@ from ._checkpoints import build_with_checkpoint, describe_keys, unwrap_state_dic
 from .layers import (
     FusedBlock,
     FusedLayer,
+    adaptive_average,
     add_residual,
     check_image,
     fold_layer_norm,
@@ -40,6 +41,7 @@ __all__ = ["DynPerceiver", "DynPerceiverCfg"]
 _GRID = 7  # X2Z reads every feature map as 7 x 7 tokens
 
 # Leaves for FX tracing, where shapes are not known.
+torch.fx.wrap("adaptive_average")
 torch.fx.wrap("check_image")
 torch.fx.wrap("add_residual")
 torch.fx.wrap("_read_grid")
@@ -297,7 +299,8 @@ class GridConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 7, 7)."""
-        return F.adaptive_avg_pool2d(self._conv_forward(x, self.weight, self.bias) + x, self.kernel_size)
+        rows, columns = self.kernel_size
+        return adaptive_average(self._conv_forward(x, self.weight, self.bias) + x, rows, columns)
 
 
 def _pooled_kernel(weight: Tensor, height: int, width: int) -> Tensor:
@@ -316,9 +319,12 @@ def _read_grid(x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, window: 
     rows, columns = weight.shape[2], weight.shape[3]
     height, width = x.shape[2], x.shape[3]
     padding = [rows // 2, columns // 2]
-    if height % rows or width % columns:
+    any_size = not torch.jit.is_scripting() and (  # a graph that is to be run on maps of other sizes too
+        torch.jit.is_tracing() or isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+    )
+    if any_size or height % rows != 0 or width % columns != 0:
         x = F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
-        return F.adaptive_avg_pool2d(x, [rows, columns])
+        return adaptive_average(x, rows, columns)
     stride = [height // rows, width // columns]
     if stride != window:
         pooled = _pooled_kernel(weight, stride[0], stride[1])

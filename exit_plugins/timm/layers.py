@@ -13,6 +13,7 @@ __all__ = [
     "FusedBlock",
     "FusedLayer",
     "PointwiseConv",
+    "adaptive_average",
     "add_residual",
     "check_image",
     "fold_batch_norms",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 # Leaves for FX tracing, where types and shapes are not known.
+torch.fx.wrap("adaptive_average")
 torch.fx.wrap("add_residual")
 torch.fx.wrap("pointwise")
 
@@ -45,6 +47,31 @@ def check_image(x: Tensor, in_chans: int, min_size: int) -> Tensor:
             f"expected images of at least {min_size}x{min_size} pixels, got {x.shape[2]}x{x.shape[3]}: resize them."
         )
     return x
+
+
+def adaptive_average(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, C, H, W) averaged to (B, C, ``rows``, ``columns``): ``F.adaptive_avg_pool2d``, in graphs too at any H and W.
+
+    Graphs that are traced, scripted or exported hold it as sums over windows, one product with a matrix of zeros and
+    ones for each side, whose entries are computed from H and W when the graph runs. torch's exporters write the
+    windows of the size they saw into the graph, or do not know the operation at all.
+    """
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        return F.adaptive_avg_pool2d(x, (rows, columns))
+    across, down = _windows(x.shape[3], columns, x), _windows(x.shape[2], rows, x)
+    # One side after the other, so that sums stay within half precision.
+    x = x @ across.t() / across.sum(1)
+    return down @ x / down.sum(1, keepdim=True)
+
+
+def _windows(size: int, count: int, like: Tensor) -> Tensor:
+    """(count, size) of the kind of ``like``: 1 where a position lies in a window of adaptive pooling, else 0.
+
+    Window i is [floor(i * size / count), ceil((i + 1) * size / count)), said without a division.
+    """
+    window = torch.arange(count, device=like.device).unsqueeze(1) * size
+    position = torch.arange(size, device=like.device) * count
+    return ((position + count > window) & (position < window + size)).to(like)
 
 
 # A norm folds into the layer right before it.
@@ -75,7 +102,7 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
     """(B, C, H, W) convolved with ``weight`` (C', C, 1, 1): what ``PointwiseConv`` does."""
-    if torch.compiler.is_compiling() or x.shape[0] > 4:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape[0] > 4:
         return F.conv2d(x, weight, bias, stride)
     if stride != (1, 1):
         x = x[:, :, :: stride[0], :: stride[1]]

@@ -290,6 +290,40 @@ def test_exports_with_any_batch_size(name):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+class EveryExit(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.model.forward_exits(x)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks, which are no part of the graph
+@pytest.mark.parametrize("kind", ["trace", "trace fused", "export fused"])
+def test_a_graph_is_right_at_every_image_size_or_refuses_it(name, kind):
+    """Nothing of the size that an exporter saw may stay in the graph without a word."""
+    model = make(name, num_classes=7)
+    every = EveryExit(model.fuse() if "fused" in kind and hasattr(model, "fuse") else model).eval()
+    height, width = model.default_cfg["input_size"][1:]
+    other = images(model, batch=3, size=(2 * height + 5, width + 32))
+    try:
+        expected = every(other)
+    except ValueError:  # an architecture of one image size
+        expected = None
+    if "trace" in kind or expected is None:
+        graph = torch.jit.trace(every, (images(model),), check_trace=False)
+    else:
+        free = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
+        graph = torch.export.export(every, (images(model),), dynamic_shapes=(free,)).module()
+    if expected is None:
+        with pytest.raises(RuntimeError):
+            graph(other)
+    else:
+        torch.testing.assert_close(graph(other), expected, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_torchscript_keeps_the_last_exit(name):
     model = make(name, scriptable=True)

@@ -2,9 +2,41 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from exit_plugins.timm.layers import PointwiseConv, fuse_convolutions
+from exit_plugins.timm.layers import PointwiseConv, adaptive_average, fuse_convolutions
+
+
+class Average(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return adaptive_average(x, 7, 5)
+
+
+def graph_of_any_size(kind: str, dtype: torch.dtype):
+    """``Average`` as a graph made from one size, to be run at others."""
+    seen = torch.randn(2, 3, 14, 10, dtype=dtype)
+    if kind == "trace":
+        return torch.jit.trace(Average(), (seen,), check_trace=False)
+    if kind == "script":
+        return torch.jit.script(Average())
+    if kind == "export":
+        free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+        return torch.export.export(Average(), (seen,), dynamic_shapes=(free,)).module()
+    return torch.fx.symbolic_trace(Average())
+
+
+@pytest.mark.parametrize("kind", ["trace", "script", "export", "fx"])
+def test_adaptive_average_is_torchs_at_any_size_in_every_graph(kind):
+    graph = graph_of_any_size(kind, torch.float64)
+    for height, width in [(14, 10), (7, 5), (3, 2), (8, 8), (64, 61), (200, 336), (2, 40)]:
+        x = torch.randn(4, 3, height, width, dtype=torch.float64)
+        expected = F.adaptive_avg_pool2d(x, (7, 5))
+        torch.testing.assert_close(graph(x), expected, rtol=0, atol=1e-14)
+        assert torch.equal(adaptive_average(x, 7, 5), expected)
+    # Large values of half precision: their sums would overflow, their means do not.
+    graph, large = graph_of_any_size(kind, torch.float16), torch.rand(4, 3, 100, 200).half() * 500 + 1000
+    torch.testing.assert_close(graph(large), F.adaptive_avg_pool2d(large.float(), (7, 5)).half(), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -22,9 +54,12 @@ def test_pointwise_convolution_equals_torchs(batch, stride, layout):
 
 
 def test_exported_graphs_keep_the_convolution():
-    exported = torch.export.export(PointwiseConv.of(nn.Conv2d(3, 4, 1).eval()), (torch.randn(1, 3, 5, 5),))
+    layer, x = PointwiseConv.of(nn.Conv2d(3, 4, 1).eval()), torch.randn(1, 3, 5, 5)
+    exported = torch.export.export(layer, (x,))
     called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert called == ["aten.conv2d.default"]
+    called = [node.kind() for node in torch.jit.trace(layer, (x,)).inlined_graph.nodes()]
+    assert "aten::_convolution" in called and "aten::linear" not in called
 
 
 def test_only_plain_pointwise_convolutions_are_replaced():
