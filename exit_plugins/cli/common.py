@@ -197,17 +197,15 @@ def collect(
     save: str | None = None,
 ) -> ExitTable:
     """The exit table of a data set; with ``save`` it is written there, and an interrupted run goes on where it was."""
-    table = collect_exits(
+    return collect_exits(
         model,
         make_loader(data, args, data_config(args, model)),
         measure=measure,
         temperatures=temperatures,
         keep_logits=keep_logits,
         part_file=f"{save}.part" if save else None,
+        save_as=save,
     )
-    if save and is_main():
-        table.save(save)
-    return table
 
 
 def fit_table(table: ExitTable, policy: ExitPolicy) -> ExitTable:

@@ -1,11 +1,16 @@
 """How sure an exit is of its answer, as one number per sample in [0, 1], and temperatures that make it honest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CONFIDENCES", "confidence", "fit_temperatures", "running_ensemble"]
+__all__ = ["CONFIDENCES", "check_measure", "check_temperatures", "confidence", "fit_temperatures", "running_ensemble"]
+
+
+# Beyond these, logits divided by a temperature are zero or infinite in float32 for all purposes.
+TEMPERATURES = (1e-4, 1e4)
 
 
 def _max_softmax(logits: Tensor) -> Tensor:
@@ -36,14 +41,36 @@ CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_measure(measure: object) -> str:
+    """``measure`` if it names a confidence; ValueError if not."""
+    if not isinstance(measure, str) or measure not in CONFIDENCES:
+        raise ValueError(f"unknown confidence {measure!r}; choose one of {', '.join(CONFIDENCES)}.")
+    return measure
+
+
+def check_temperatures(temperatures: Iterable[float] | None, num_exits: int) -> tuple[float, ...]:
+    """(K,) temperatures, ones for None; ValueError unless they are K numbers within ``TEMPERATURES``."""
+    values = (1.0,) * num_exits if temperatures is None else tuple(temperatures)
+    low, high = TEMPERATURES
+    if len(values) != num_exits or not all(_is_number(value) and low <= value <= high for value in values):
+        shown = ", ".join(str(value)[:20] for value in values[:12])
+        raise ValueError(
+            f"temperatures must be {num_exits} numbers between {low:g} and {high:g}, one per exit, got [{shown}]."
+        )
+    return tuple(float(value) for value in values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def confidence(logits: Tensor, measure: str = "max_softmax", temperature: float = 1.0) -> Tensor:
     """Confidence (...,) in [0, 1] of logits (..., num_classes), computed in float32; NaN where the logits hold NaN.
 
     ``measure`` is ``max_softmax``, ``entropy`` (1 - H / log C) or ``margin`` (first minus second probability).
     ``temperature`` divides the logits first. ValueError for an unknown measure or a temperature that is not positive.
     """
-    if measure not in CONFIDENCES:
-        raise ValueError(f"unknown confidence {measure!r}; choose one of {', '.join(CONFIDENCES)}.")
+    check_measure(measure)
     if not temperature > 0:
         raise ValueError(f"a temperature must be positive, got {temperature}.")
     logits = logits.double() if logits.dtype == torch.float64 else logits.float()

@@ -1,11 +1,14 @@
-"""Writing files so that an interrupted run never leaves half of one, nor loses the one that was there."""
+"""Writing files and folders so that an interrupted run never leaves half of one, nor loses the one that was there."""
 
 import contextlib
 import ctypes
 import errno
 import glob
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,27 +21,135 @@ try:
 except ImportError:  # Windows has no flock: what killed runs left is then not cleaned up
     fcntl = None
 
-__all__ = ["atomic_folder", "atomic_write"]
+__all__ = ["atomic_folder", "atomic_path", "atomic_write", "check_target", "lock", "recover_folder"]
+
+_TEMPORARY = re.compile(r"[0-9a-z_]{8}\.tmp")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside ``path`` and rename it over ``path`` when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, mode) as file:
+    """Open a temporary file beside ``path`` and rename it over ``path`` when the block ends without an error.
+
+    A run that is killed leaves ``path`` as it was, and a hidden temporary file that the next one removes. A link is
+    followed; what is no plain file (a terminal, a pipe) is written to as it is. OSError names ``path``.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        with open(path, mode, encoding=encoding) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; the result should be as readable as any other file the user writes.
-        os.chmod(temporary, 0o666 & ~_umask())
+        return
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """``atomic_write`` for what writes by name: the path of a temporary file that takes the place of ``path``."""
+    path = Path(path).resolve()  # a link stays a link
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, a file was to be written", str(path))
+    with _temporary(path) as temporary:
+        yield temporary
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+
+
+def check_target(path: str | os.PathLike, room: int = 0) -> None:
+    """Before long work: OSError unless a file can be written at ``path``, with ``room`` bytes free for it."""
+    path = Path(path).resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file to write", str(path))
+    if path.exists() and not path.is_file():
+        return
+    with _temporary(path):
+        pass
+    free = shutil.disk_usage(path.parent).free
+    if free < room:
+        cause = f"about {room / 1e6:.0f} MB are to be written and {free / 1e6:.0f} MB are free"
+        raise OSError(errno.ENOSPC, cause, str(path))
+
+
+def lock(handle: int, unknown: bool = True) -> bool:
+    """Lock an open file or folder for this process and its children, until they close it or end.
+
+    False if others hold it; ``unknown`` where the system or the file system knows no locks.
+    """
+    if fcntl is None:
+        return unknown
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return unknown
+    return True
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new file beside ``path``, locked while in use, and removed unless it was renamed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(path)
+        temporary, handle = _create(path)
+    except OSError as error:
+        raise _named(error, path) from error
+    try:
+        yield temporary
+    except OSError as error:
+        raise _named(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """``error`` with the file the user knows in it."""
+    if error.errno is None or (error.filename is not None and not _is_temporary(Path(error.filename), path)):
+        return error
+    return OSError(error.errno, error.strerror, str(path))  # which makes it of the subclass of its number
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        # Before it was locked another process may have taken it for left over.
+        if lock(handle) and temporary.exists():
+            return temporary, handle
+        os.close(handle)
+
+
+def _is_temporary(name: Path, path: Path) -> bool:
+    prefix = f".{path.name}."
+    return name.name.startswith(prefix) and _TEMPORARY.fullmatch(name.name[len(prefix) :]) is not None
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove the temporary files of writers of ``path`` that were killed: those nobody holds the lock of."""
+    for found in path.parent.iterdir():
+        if not _is_temporary(found, path):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile
+            handle = os.open(found, os.O_RDONLY)
+            try:
+                if lock(handle, unknown=False):
+                    found.unlink()
+            finally:
+                os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -195,31 +306,33 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
         yield
     finally:
         os.close(handle)
 
 
+def recover_folder(path: str | os.PathLike) -> None:
+    """Put the old folder back that a run killed between two renames left under a hidden name; before reading one."""
+    path = Path(path).resolve()
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        if not path.exists():
+            os.rename(old, path)
+
+
 def _clean_up(path: Path) -> None:
     """Put an old folder back that a killed run had to rename, and remove the folders that killed runs left."""
+    recover_folder(path)
     pattern = f".{glob.escape(path.name)}.*"
     for old in path.parent.glob(f"{pattern}.old"):
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, path)
-    for left in {*path.parent.glob(f"{pattern}.new"), *path.glob(f"{pattern}.new")} if fcntl else ():
+        shutil.rmtree(old, ignore_errors=True)
+    for left in {*path.parent.glob(f"{pattern}.new"), *path.glob(f"{pattern}.new")}:
         try:
             handle = os.open(left, os.O_RDONLY)
         except OSError:
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another process is writing it
-            continue
-        else:
-            shutil.rmtree(left, ignore_errors=True)
+            if lock(handle, unknown=False):  # or another process is writing it
+                shutil.rmtree(left, ignore_errors=True)
         finally:
             os.close(handle)

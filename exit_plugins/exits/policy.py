@@ -111,11 +111,14 @@ class ExitPolicy:
         return self.num_exits - 1 if self.max_exit is None else self.max_exit
 
     def choose(self, confidence: np.ndarray) -> np.ndarray:
-        """Exit index (N,) each sample leaves at, from confidences (K, N); NaN never leaves early."""
+        """Exit index (N,) each sample leaves at, from confidences (K, N).
+
+        NaN never leaves early, and nobody, a confidence of +inf included, leaves at a closed exit.
+        """
         confidence = np.asarray(confidence, dtype=np.float32)
         if confidence.ndim != 2 or confidence.shape[0] != self.num_exits:
             raise ValueError(f"a policy of {self.num_exits} exits cannot read confidences of shape {confidence.shape}.")
-        leaves = confidence >= self.thresholds[:, None]
+        leaves = (confidence >= self.thresholds[:, None]) & (self.thresholds < np.inf)[:, None]
         leaves[self.last_exit] = True
         return leaves.argmax(0)
 

@@ -1,12 +1,9 @@
 """What every exit said of every sample: the compact record from which thresholds, curves and certificates are made."""
 
 import hashlib
-import io
 import json
 import os
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
@@ -20,20 +17,35 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 
-from .confidence import CONFIDENCES, confidence, running_ensemble
+from .confidence import check_measure, check_temperatures, confidence, running_ensemble
 from .digests import describe_model, sample_digests, weights_digest
-from .files import atomic_write
+from .files import atomic_write, check_target
+from .parts import PartFile, Record
 from .protocol import check_multi_exit, exit_device
+from .reading import reading, strict_json
 
 __all__ = ["ExitTable", "collect_exits"]
 
-_FORMAT = "exit_plugins.table/1"
+_FORMAT, _EARLIER = "exit_plugins.table/2", "exit_plugins.table/1"
+_ARRAYS = {"confidence": np.float32, "prediction": np.int64, "target": np.int64, "logits": None, "sample": np.uint64}
+_TEXTS = ("format", "measure", "temperatures", "about", "sha256")  # the other members of the file
 
 
-def _array(value, dtype) -> np.ndarray:
+def _array(name: str, value: Any) -> np.ndarray:
+    """``value`` in the type of the field ``name``; ValueError where that would change it."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().float().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
-    return np.ascontiguousarray(np.asarray(value), dtype=dtype)
+    value, dtype = np.asarray(value), np.dtype(_ARRAYS[name])
+    if value.dtype.kind not in ("biuf" if dtype.kind == "f" else "iuf"):
+        raise ValueError(f"{name} must be numbers, got {value.dtype}.")
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # beyond float32's largest number is infinite in float32
+            return np.ascontiguousarray(value, dtype=dtype)
+    if value.dtype.kind == "f" and not (np.isfinite(value) & (value == np.floor(value))).all():
+        raise ValueError(f"{name} must be whole numbers (class indices), got fractions, NaN or infinite ones.")
+    if value.size and (int(value.min()) < np.iinfo(dtype).min or int(value.max()) > np.iinfo(dtype).max):
+        raise ValueError(f"{name} must fit {dtype}, got {value.min()} to {value.max()}.")
+    return np.ascontiguousarray(value, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +65,8 @@ class ExitTable:
             of its ``weights``, ``input_size`` (of one sample), and ``transform``, ``data``, ``split``, ``classes``
             (names, by index) as far as they are known.
 
-    Numpy arrays, torch tensors and lists are all accepted and stored as numpy. ValueError if the shapes disagree.
+    Numpy arrays, torch tensors and lists are all accepted and stored as numpy. ValueError if the shapes disagree, for
+    an unknown measure, temperatures that make no sense, or classes that are no whole numbers.
     """
 
     confidence: np.ndarray
@@ -67,9 +80,8 @@ class ExitTable:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "confidence", _array(self.confidence, np.float32))
-        set_(self, "prediction", _array(self.prediction, np.int64))
-        set_(self, "target", _array(self.target, np.int64))
+        for name in ("confidence", "prediction", "target"):
+            set_(self, name, _array(name, getattr(self, name)))
         if self.confidence.ndim != 2 or self.prediction.shape != self.confidence.shape:
             raise ValueError(
                 "an ExitTable takes confidence and prediction of one shape (exits, samples), got "
@@ -83,16 +95,17 @@ class ExitTable:
             logits = self.logits.detach().cpu().numpy() if isinstance(self.logits, Tensor) else np.asarray(self.logits)
             if logits.ndim != 3 or logits.shape[:2] != self.confidence.shape:
                 raise ValueError(f"logits {logits.shape} do not fit confidence {self.confidence.shape}.")
+            if logits.dtype.kind != "f":
+                raise ValueError(f"logits must be floating point numbers, got {logits.dtype}.")
             set_(self, "logits", logits)
         if self.sample is not None:
-            set_(self, "sample", _array(self.sample, np.uint64))
+            set_(self, "sample", _array("sample", self.sample))
             if self.sample.shape != self.target.shape:
                 raise ValueError(f"sample digests {self.sample.shape} do not fit {self.num_samples} samples.")
         if self.about is not None:
             _check_about(self.about, self.num_exits)
-        set_(self, "temperatures", tuple(float(t) for t in self.temperatures) or (1.0,) * self.num_exits)
-        if len(self.temperatures) != self.num_exits:
-            raise ValueError(f"{len(self.temperatures)} temperatures do not fit {self.num_exits} exits.")
+        check_measure(self.measure)
+        set_(self, "temperatures", check_temperatures(self.temperatures or None, self.num_exits))
 
     @property
     def num_exits(self) -> int:
@@ -150,9 +163,7 @@ class ExitTable:
         parts = [torch.as_tensor(z) for z in logits]
         if any(part.ndim != 2 for part in parts):
             raise ValueError(f"expected K arrays of logits (N, C), got shapes {[tuple(p.shape) for p in parts]}.")
-        temperatures = tuple(temperatures or (1.0,) * len(parts))
-        if len(temperatures) != len(parts):
-            raise ValueError(f"{len(temperatures)} temperatures do not fit {len(parts)} exits.")
+        temperatures = check_temperatures(temperatures, len(parts))
         return cls(
             torch.stack([confidence(z, measure, t).float() for z, t in zip(parts, temperatures, strict=True)]),
             torch.stack([z.argmax(-1) for z in parts]),
@@ -179,39 +190,55 @@ class ExitTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a compressed ``.npz``, whole or not at all."""
-        arrays = {"confidence": self.confidence, "prediction": self.prediction, "target": self.target}
-        arrays |= {name: getattr(self, name) for name in ("logits", "sample") if getattr(self, name) is not None}
+        members = {
+            "format": np.array(_FORMAT),
+            "measure": np.array(self.measure),
+            "temperatures": np.array(self.temperatures),
+            "about": np.array(json.dumps(self.about, allow_nan=False)),
+        }
+        members |= {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        members["sha256"] = np.array(_members_digest(members))
         with atomic_write(path, "wb") as file:
-            np.savez_compressed(
-                file,
-                format=np.array(_FORMAT),
-                measure=np.array(self.measure),
-                temperatures=np.array(self.temperatures),
-                about=np.array(json.dumps(self.about, allow_nan=False)),
-                **arrays,
-            )
+            np.savez_compressed(file, **members)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ExitTable":
-        """Read what ``save`` wrote; ValueError if the file is something else or damaged."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no exit table at {path}; write one with ExitTable.save.")
-        try:
+        """Read what ``save`` wrote; ValueError in one line if the file is something else, foreign or damaged."""
+        with reading(path, "exit table", "collect it again", "write one with ExitTable.save"):
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no .npz file, or was cut off")
             with np.load(path, allow_pickle=False) as file:
-                if str(file["format"]) != _FORMAT:
-                    raise ValueError(f"format is {file['format']}, expected {_FORMAT}")
-                return cls(
-                    file["confidence"],
-                    file["prediction"],
-                    file["target"],
-                    file.get("logits"),
-                    str(file["measure"]),
-                    tuple(file["temperatures"].tolist()),
-                    file.get("sample"),
-                    json.loads(str(file["about"])) if "about" in file else None,
-                )
-        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not a readable exit table ({error}); collect it again.") from error
+                members = {name: file[name] for name in file.files}
+            written = str(members["format"])
+            if written not in (_FORMAT, _EARLIER):
+                raise ValueError(f"its format is {written[:40]}, expected {_FORMAT}")
+            unknown = set(members) - set(_ARRAYS) - set(_TEXTS)
+            if unknown:
+                raise ValueError(f"it holds unknown fields: {', '.join(sorted(unknown))}")
+            if written == _FORMAT and str(members.pop("sha256")) != _members_digest(members):
+                raise ValueError("its checksum does not fit, it is damaged")
+            for name, dtype in _ARRAYS.items():
+                if name in members and dtype is not None and members[name].dtype != dtype:
+                    raise ValueError(f"its {name} are {members[name].dtype}, expected {np.dtype(dtype)}")
+            return cls(
+                members["confidence"],
+                members["prediction"],
+                members["target"],
+                members.get("logits"),
+                str(members["measure"]),
+                tuple(members["temperatures"].tolist()),
+                members.get("sample"),
+                strict_json(str(members["about"])) if "about" in members else None,
+            )
+
+
+def _members_digest(members: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over every member of a file with its name, so that none can be lost or changed unnoticed."""
+    hasher = hashlib.sha256()
+    for name, array in sorted(members.items()):
+        hasher.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        hasher.update(np.ascontiguousarray(array).tobytes())
+    return hasher.hexdigest()
 
 
 def _check_about(about: Any, num_exits: int) -> None:
@@ -243,6 +270,7 @@ def collect_exits(
     progress: bool | None = None,
     part_file: str | os.PathLike | None = None,
     about: Mapping[str, Any] | None = None,
+    save_as: str | os.PathLike | None = None,
 ) -> ExitTable:
     """Run every exit over a labelled loader and record what each says.
 
@@ -259,33 +287,41 @@ def collect_exits(
         keep_logits: store the logits too (K * N * C float32).
         progress: show a bar on stderr; default only on a terminal.
         part_file: batches are appended here as they are done, and a run that was interrupted goes on from there. It is
-            removed when the table is complete. In several processes each has its own, with the rank in its name.
+            removed when the table is complete and, with ``save_as``, written. In several processes each has its own,
+            with the rank in its name.
         about: what the caller knows of the data: ``transform``, ``data``, ``split``, ``classes``. The table's ``about``
             keeps it beside the model, its weights' digest and the input size.
+        save_as: write the table here; that it can be written there is checked before the run. In several processes the
+            first one writes.
 
     Returns:
         ExitTable over all N samples in the loader's order, each with the digest of its input.
 
     Raises:
         ValueError: the loader is empty, is sharded already, or its batches do not hold images and class indices; or
-            the part file is of another model, loader or setting.
+            the part file is of other weights, data, input size or settings. Of the data, its length and the inputs
+            and labels of the first and the last batch in the part file are compared.
+        OSError: ``save_as`` or ``part_file`` cannot be written. No batch that is done is lost: the part file stays.
     """
     check_multi_exit(model)
-    if measure not in CONFIDENCES:
-        raise ValueError(f"unknown confidence {measure!r}; choose one of {', '.join(CONFIDENCES)}.")
-    temperatures = tuple(temperatures or (1.0,) * model.num_exits)
-    if len(temperatures) != model.num_exits:
-        raise ValueError(f"{len(temperatures)} temperatures do not fit {model.num_exits} exits.")
+    check_measure(measure)
+    temperatures = check_temperatures(temperatures, model.num_exits)
     device = torch.device(device) if device is not None else exit_device(model)
     rank, world = _process()
     _check_not_sharded(loader, world)
+    known = {"transform": None, "data": None, "split": None, "classes": None, **(about or {})}
+    known = {"model": describe_model(model), "weights": weights_digest(model), **known}
+    ask = _Asker(model, device, measure, temperatures, keep_logits)
+    if save_as is not None and rank == 0:
+        check_target(save_as, _bytes_at_least(model, loader, keep_logits))
     part = None
     if part_file is not None:
         if isinstance(getattr(loader, "sampler", None), RandomSampler):
             raise ValueError("a shuffled loader cannot be resumed; use shuffle=False with part_file.")
         path = Path(part_file) if world == 1 else Path(f"{part_file}.rank{rank}of{world}")
-        part = _PartFile(path, _fingerprint(model, loader, measure, temperatures, keep_logits))
+        part = PartFile(path, _run_header(loader, ask, known), model.num_exits, keep_logits)
     records = part.records if part is not None else []
+    done = len(records)
     training = model.training
     model.to(device).eval()
     total = _length(loader)
@@ -294,13 +330,17 @@ def collect_exits(
         desc="exits",
         unit="batch",
         total=mine,
-        initial=len(records),
+        initial=done,
         disable=True if rank else (None if progress is None else not progress),
     )
     try:
         with torch.inference_mode():
-            for batch in _own_batches(loader, rank, world, skip=len(records)):
-                records.append(_ask(model, batch, device, measure, temperatures, keep_logits))
+            # The first and the last of the batches that are done are read again: are these the same samples?
+            for index, batch in _own_batches(loader, rank, world, done):
+                if index < done:
+                    part.check_batch(index, ask.inputs(batch))
+                    continue
+                records.append(ask(batch))
                 if part is not None:
                     part.append(records[-1])
                 bar.update()
@@ -312,48 +352,92 @@ def collect_exits(
     records = _gather(records, rank, world)
     if not records:
         raise ValueError("the loader yielded no batch; an exit table needs at least one sample.")
-    confidences, predictions, targets, samples, shapes, logits = zip(*records, strict=True)
-    sizes = {tuple(shape.tolist()) for shape in shapes}
+    sizes = {tuple(record.shape.tolist()) for record in records}
     table = ExitTable(
-        np.concatenate(confidences, 1),
-        np.concatenate(predictions, 1),
-        np.concatenate(targets),
-        np.concatenate(logits, 1) if keep_logits else None,
+        np.concatenate([record.confidence for record in records], 1),
+        np.concatenate([record.prediction for record in records], 1),
+        np.concatenate([record.target for record in records]),
+        np.concatenate([record.logits for record in records], 1) if keep_logits else None,
         measure,
         temperatures,
-        np.concatenate(samples),
-        {
-            "model": describe_model(model),
-            "weights": weights_digest(model),
-            "input_size": list(sizes.pop()) if len(sizes) == 1 else None,
-            "transform": None,
-            "data": None,
-            "split": None,
-            "classes": None,
-            **(about or {}),
-        },
+        np.concatenate([record.sample for record in records]),
+        {**known, "input_size": list(sizes.pop()) if len(sizes) == 1 else None},
     )
+    if save_as is not None:
+        _save_once(table, save_as, rank, world)
     if part is not None:
-        part.path.unlink(missing_ok=True)
+        part.remove()
     return table
 
 
-# confidence, prediction, target, sample, shape of one sample, logits
-_Record = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+class _Asker:
+    """Asks every exit of a model about a batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        measure: str,
+        temperatures: tuple[float, ...],
+        keep_logits: bool,
+    ) -> None:
+        self.model, self.device = model, device
+        self.measure, self.temperatures, self.keep_logits = measure, temperatures, keep_logits
+
+    def __call__(self, batch: Any) -> Record:
+        images, _ = _images_and_target(batch)
+        outputs = self.model.forward_exits(images.to(self.device, non_blocking=True))
+        sure = [confidence(z, self.measure, t).float() for z, t in zip(outputs, self.temperatures, strict=True)]
+        return self.inputs(batch)._replace(
+            confidence=torch.stack(sure).cpu().numpy(),
+            prediction=torch.stack([z.argmax(-1) for z in outputs]).cpu().numpy(),
+            logits=torch.stack([z.float() for z in outputs]).cpu().numpy() if self.keep_logits else None,
+        )
+
+    def inputs(self, batch: Any) -> Record:
+        """What identifies the samples of a batch; nothing is run."""
+        images, target = _images_and_target(batch)
+        nothing = np.empty((self.model.num_exits, 0))
+        return Record(
+            nothing, nothing, target.cpu().numpy().astype(np.int64), sample_digests(images), np.array(images.shape[1:])
+        )
 
 
-def _ask(model, batch, device, measure, temperatures, keep_logits) -> _Record:
-    images, target = _images_and_target(batch)
-    outputs = model.forward_exits(images.to(device, non_blocking=True))
-    sure = torch.stack([confidence(z, measure, t).float() for z, t in zip(outputs, temperatures, strict=True)])
-    return (
-        sure.cpu().numpy(),
-        torch.stack([z.argmax(-1) for z in outputs]).cpu().numpy(),
-        target.cpu().numpy(),
-        sample_digests(images),
-        np.array(images.shape[1:]),
-        torch.stack([z.float() for z in outputs]).cpu().numpy() if keep_logits else None,
-    )
+def _run_header(loader: Iterable, ask: _Asker, known: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for the batches in a part file to belong to this run, in plain JSON values."""
+    header = {
+        **known,
+        "batches": _length(loader),
+        "batch_size": getattr(loader, "batch_size", None),
+        "samples": _length(getattr(loader, "dataset", None)),
+        "measure": ask.measure,
+        "temperatures": ask.temperatures,
+        "keep_logits": ask.keep_logits,
+    }
+    return json.loads(json.dumps(header, allow_nan=False))
+
+
+def _bytes_at_least(model: nn.Module, loader: Iterable, keep_logits: bool) -> int:
+    """A table's size on disk, or less: what hardly compresses, as far as it is known before the run."""
+    samples = _length(getattr(loader, "dataset", None)) or 0
+    per_exit = 1 + int(getattr(model, "num_classes", 0) or 0) * keep_logits
+    return 2 * samples * model.num_exits * per_exit  # half of the float32 numbers' bytes
+
+
+def _save_once(table: ExitTable, path: str | os.PathLike, rank: int, world: int) -> None:
+    """Process 0 writes; nobody goes on, and gives up its part file, before the table is there."""
+    fault: list[str | None] = [None]
+    try:
+        if rank == 0:
+            table.save(path)
+    except Exception as error:
+        fault = [str(error)]
+        raise
+    finally:
+        if world > 1:
+            dist.broadcast_object_list(fault, src=0)
+    if fault[0] is not None:
+        raise OSError(f"the first process could not write the table: {fault[0]}")
 
 
 def _images_and_target(batch) -> tuple[Tensor, Tensor]:
@@ -367,8 +451,8 @@ def _images_and_target(batch) -> tuple[Tensor, Tensor]:
     return images, target
 
 
-def _length(loader: Iterable) -> int | None:
-    """Number of batches, None for a loader that streams."""
+def _length(loader: Any) -> int | None:
+    """Number of batches (of samples of a data set), None for one that streams."""
     try:
         return len(loader)
     except TypeError:
@@ -397,8 +481,9 @@ def _check_not_sharded(loader: Iterable, world: int) -> None:
         )
 
 
-def _own_batches(loader: Iterable, rank: int, world: int, skip: int) -> Iterator:
-    """This process's batches, from the ``skip``-th on."""
+def _own_batches(loader: Iterable, rank: int, world: int, done: int) -> Iterator[tuple[int, Any]]:
+    """This process's batches with their numbers from 0: those not done yet, and the first and last that are."""
+    again = sorted({0, done - 1}) if done else []
     streams = isinstance(getattr(loader, "dataset", None), IterableDataset)
     if type(loader) is DataLoader and loader.batch_sampler is not None and not streams:
         indices = list(loader.batch_sampler)
@@ -407,9 +492,11 @@ def _own_batches(loader: Iterable, rank: int, world: int, skip: int) -> Iterator
             shared = [indices]
             dist.broadcast_object_list(shared, src=0)
             indices = shared[0]
-        yield from DataLoader(
+        own = indices[rank::world]
+        numbers = [*(number for number in again if number < len(own)), *range(done, len(own))]
+        batches = DataLoader(
             loader.dataset,
-            batch_sampler=indices[rank::world][skip:],
+            batch_sampler=[own[number] for number in numbers],
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -417,105 +504,17 @@ def _own_batches(loader: Iterable, rank: int, world: int, skip: int) -> Iterator
             worker_init_fn=loader.worker_init_fn,
             prefetch_factor=loader.prefetch_factor,
         )
+        yield from zip(numbers, batches, strict=True)
         return
-    yield from islice(loader, rank + skip * world, None, world)
+    for number, batch in enumerate(islice(loader, rank, None, world)):
+        if number >= done or number in again:
+            yield number, batch
 
 
-def _gather(records: list[_Record], rank: int, world: int) -> list[_Record]:
+def _gather(records: list[Record], rank: int, world: int) -> list[Record]:
     if world == 1:
         return records
-    everyone: list[list[_Record]] = [[] for _ in range(world)]
+    everyone: list[list[Record]] = [[] for _ in range(world)]
     dist.all_gather_object(everyone, records)
     merged = [record for turn in zip_longest(*everyone) for record in turn if record is not None]
     return merged
-
-
-# The part file
-
-
-def _fingerprint(model, loader, measure, temperatures, keep_logits) -> dict:
-    """What must be the same for the batches in a part file to belong to this run."""
-    hasher = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        # Sums rather than bytes: quick on any device, and another checkpoint has other sums.
-        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
-    return {
-        "format": "exit_plugins.part/1",
-        "model": hasher.hexdigest(),
-        "batches": _length(loader),
-        "batch_size": getattr(loader, "batch_size", None),
-        "measure": measure,
-        "temperatures": list(temperatures),
-        "keep_logits": keep_logits,
-    }
-
-
-class _PartFile:
-    """Records appended one by one, each behind its length and checksum; a torn last one is cut off on opening."""
-
-    def __init__(self, path: Path, header: dict) -> None:
-        self.path = path
-        self.records: list[_Record] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        self.file = path.open("r+b")
-        try:
-            first = self._read()
-            if first is not None:
-                self._check(first, header)
-                while (payload := self._read()) is not None:
-                    self.records.append(_unpack(payload))
-        except BaseException:
-            self.file.close()
-            raise
-        self.file.truncate()
-        if first is None:
-            self._write(json.dumps(header).encode())
-
-    def _check(self, payload: bytes, header: dict) -> None:
-        try:
-            found = json.loads(payload)
-        except ValueError:
-            found = {}
-        different = [key for key in header if found.get(key) != header[key]]
-        if different:
-            raise ValueError(
-                f"the part file {self.path} is of another run (its {', '.join(different)} differs); delete it to start "
-                "afresh, or name another."
-            )
-
-    def _read(self) -> bytes | None:
-        """The next whole record, or None, standing where it would begin."""
-        start = self.file.tell()
-        head = self.file.read(12)
-        if len(head) == 12:
-            length, checksum = struct.unpack("<QI", head)
-            whole = start + 12 + length <= os.fstat(self.file.fileno()).st_size
-            payload = self.file.read(length) if whole else b""
-            if whole and zlib.crc32(payload) == checksum:
-                return payload
-        if start == 0 and head:
-            raise ValueError(f"{self.path} is not a part file of collect_exits; delete it or name another.")
-        self.file.seek(start)
-        return None
-
-    def _write(self, payload: bytes) -> None:
-        self.file.write(struct.pack("<QI", len(payload), zlib.crc32(payload)) + payload)
-        self.file.flush()
-
-    def append(self, record: _Record) -> None:
-        buffer = io.BytesIO()
-        for array in record:
-            if array is not None:
-                np.save(buffer, array, allow_pickle=False)
-        self._write(buffer.getvalue())
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _unpack(payload: bytes) -> _Record:
-    buffer, arrays = io.BytesIO(payload), []
-    while buffer.tell() < len(payload):
-        arrays.append(np.load(buffer, allow_pickle=False))
-    return (*arrays, None) if len(arrays) == 5 else tuple(arrays)

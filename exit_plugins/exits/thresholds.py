@@ -168,18 +168,21 @@ class _Target:
 def _cuts(values: np.ndarray) -> np.ndarray:
     """How many of ``values`` (N,), sorted from high to low with NaN last, a threshold can have at or above it.
 
-    A cut lies only where the value changes, so ties stay together; NaN is never above a threshold and +inf always is.
+    A cut lies only where the value changes, so ties stay together; NaN is never above a threshold.
     """
     changes = np.flatnonzero(values[:-1] != values[1:]) + 1
     cuts = np.unique(np.concatenate([[0], changes, [len(values)]]))
-    return cuts[(cuts >= (values == np.inf).sum()) & (cuts <= len(values) - np.isnan(values).sum())]
+    return cuts[cuts <= len(values) - np.isnan(values).sum()]
 
 
 class _Split:
     """A table made ready for line searches: per exit the samples sorted by confidence and the cuts between them."""
 
     def __init__(self, confidence: np.ndarray, correct: np.ndarray, costs: np.ndarray) -> None:
-        self.confidence, self.correct, self.costs = confidence, correct.astype(np.int8), costs
+        # An infinite threshold closes an exit for everybody, and any other lets whoever is infinitely sure leave: as
+        # for the largest number there is, with which comparisons alone say the same.
+        self.confidence = np.minimum(confidence, np.finfo(np.float32).max)
+        self.correct, self.costs = correct.astype(np.int8), costs
         self.num_exits, self.num_samples = confidence.shape
         self.extra = costs - costs[0]
         self.samples = np.arange(self.num_samples)
@@ -374,12 +377,10 @@ def _count_at_least(values: np.ndarray, candidates: np.ndarray, weight: np.ndarr
     return below[-1] - below[place]
 
 
-def _solve_exact(split: _Split, target: _Target, max_exits: int = 3) -> list[_Point]:
+def _solve_exact(split: _Split, target: _Target) -> list[_Point]:
     """The optimum for up to three exits: all pairs of cuts, by prefix sums. N^2 / 2 additions for three exits."""
-    if split.num_exits > max_exits:
-        raise ValueError(
-            f'method "exact" takes up to {max_exits} exits and the table has {split.num_exits}; use "lagrangian".'
-        )
+    if split.num_exits > 3:
+        raise ValueError(f'method "exact" takes up to 3 exits and the table has {split.num_exits}; use "lagrangian".')
     if split.num_exits < 3:
         ends = [split.point(split.everybody_first()), split.point(split.nobody_early())]
         return [split.improve(point, target) for point in ends]
@@ -395,7 +396,6 @@ def _solve_exact(split: _Split, target: _Target, max_exits: int = 3) -> list[_Po
     change = (split.correct[1].astype(np.int32) - last)[second]
     end = np.zeros(n, dtype=bool)  # a cut of the second exit may lie after this sample
     end[split.cuts[1][split.cuts[1] > 0] - 1] = True
-    none_leave = bool((split.cuts[1] == 0).any())
     best: tuple | None = None
     rows = max(1, 4_000_000 // n)
     for start in range(0, len(cuts), rows):
@@ -406,7 +406,7 @@ def _solve_exact(split: _Split, target: _Target, max_exits: int = 3) -> list[_Po
         leaving = np.pad(leaving, ((0, 0), (1, 0)))
         correct = np.pad(correct, ((0, 0), (1, 0))) + (left_correct + stay_correct)[start : start + rows, None]
         extra = leaving * (split.extra[1] - split.extra[2]) + ((n - cut) * split.extra[2])[:, None]
-        possible = np.concatenate([[none_leave], end])
+        possible = np.concatenate([[True], end])
         if target.need is None:
             # Costs to the bit as `mean_cost` has them, since a budget may lie exactly on one.
             cost = np.minimum(split.costs[0] + extra / n, split.costs[-1])

@@ -238,7 +238,7 @@ def test_interrupted_evaluation_goes_on_from_its_part_file(folder, capsys, tmp_p
     words = ["evaluate", MODEL, *weights(folder), *DATA, "--batch-size", "16", "--save-table", str(table)]
     from exit_plugins.exits import table as module
 
-    calls, ask = [], module._ask
+    calls, ask = [], module._Asker.__call__
 
     def stop(*args):
         calls.append(1)
@@ -246,7 +246,7 @@ def test_interrupted_evaluation_goes_on_from_its_part_file(folder, capsys, tmp_p
             raise KeyboardInterrupt
         return ask(*args)
 
-    monkeypatch.setattr(module, "_ask", stop)
+    monkeypatch.setattr(module._Asker, "__call__", stop)
     assert main(words) == 130
     assert table.with_name("t.npz.part").exists() and not table.exists()
     assert main(words) == 0

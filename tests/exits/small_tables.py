@@ -47,7 +47,8 @@ def naive_run(table: ExitTable, thresholds: np.ndarray, costs: np.ndarray) -> tu
     exits, right, spent = [], 0, 0.0
     for i in range(table.num_samples):
         for k in range(table.num_exits):
-            if k == table.num_exits - 1 or table.confidence[k, i] >= thresholds[k]:
+            closed = thresholds[k] == np.inf
+            if k == table.num_exits - 1 or (table.confidence[k, i] >= thresholds[k] and not closed):
                 exits.append(k)
                 right += int(table.prediction[k, i] == table.target[i])
                 spent += costs[k]

@@ -1,15 +1,99 @@
-"""Folders that are replaced whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from exit_plugins.exits import files
-from exit_plugins.exits.files import atomic_folder
+from exit_plugins.exits.files import atomic_folder, atomic_write, check_target
+
+# Files
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write("new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_link_stays_a_link_and_mode_stays(tmp_path):
+    real = tmp_path / "real.txt"
+    real.write_text("old")
+    real.chmod(0o600)
+    (tmp_path / "link").symlink_to("real.txt")
+    with atomic_write(tmp_path / "link") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and real.read_text() == "new"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
+
+
+def test_what_is_no_plain_file_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    with atomic_write(pipe) as file:
+        file.write("hello")
+    assert reader.communicate()[0] == "hello" and names(tmp_path) == ["pipe"]
+
+
+def killed(work: Callable[[], None]) -> None:
+    """Run ``work`` in a process of its own that ends the hard way."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_next_run_removes_what_a_killed_one_left(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def file() -> None:
+        with atomic_write(path) as new:
+            new.write("half")
+            kill_this_process()
+
+    killed(file)
+    assert len(names(tmp_path)) == 1
+    (tmp_path / ".a.txt.notes.tmp").write_text("a user's")
+    with atomic_write(path) as first:
+        first.write("first")
+        with atomic_write(path) as second:  # a living writer's file is let alone
+            second.write("second")
+    assert path.read_text() == "first" and names(tmp_path) == [".a.txt.notes.tmp", "a.txt"]
+
+
+def test_target_that_cannot_be_written_is_named(tmp_path):
+    check_target(tmp_path / "new" / "a.txt", room=1)
+    with pytest.raises(IsADirectoryError, match="name a file to write.*"):
+        check_target(tmp_path)
+    with pytest.raises(OSError, match="are to be written"):
+        check_target(tmp_path / "a.txt", room=10**18)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        check_target(tmp_path / "file" / "a.txt")
+
+
+# Folders
 
 
 def contents(folder):

@@ -34,6 +34,13 @@ def test_file_gives_every_threshold_back_to_the_last_bit(tmp_path_factory, thres
     np.testing.assert_array_equal(ExitPolicy.load(path).thresholds, policy.thresholds)
 
 
+def test_nobody_leaves_at_a_closed_exit():
+    sure = np.array([[np.inf, 0.9, np.nan], [np.inf, 0.9, 0.9]])
+    assert ExitPolicy([np.inf, 0.5, 0]).choose(np.concatenate([sure, sure[:1]])).tolist() == [1, 1, 1]
+    assert ExitPolicy([np.inf, np.inf, 0]).choose(np.concatenate([sure, sure[:1]])).tolist() == [2, 2, 2]
+    assert ExitPolicy([np.finfo(np.float32).max, 0]).choose(sure).tolist() == [0, 1, 1]
+
+
 def full_policy() -> ExitPolicy:
     return ExitPolicy(
         [0.7, float("inf"), 0],

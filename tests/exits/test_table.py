@@ -1,3 +1,6 @@
+import zipfile
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -137,7 +140,8 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path, keep_logits):
         table = collect_exits(model, DataLoader(second, 8), keep_logits=keep_logits, part_file=part)
     assert same(table, whole)
     assert counted.rows == [26] * 3  # 50 samples, 24 of them done before
-    assert min(second.read) == 24  # nor are the done ones read
+    # Nor are the done ones read, but for the first and the last batch, by which they are known.
+    assert sorted(second.read) == [*range(8), *range(16, 50)]
     assert not part.exists()
 
 
@@ -155,16 +159,16 @@ def test_torn_last_record_is_done_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(model=1), "model"),
-        (dict(measure="margin"), "measure"),
-        (dict(batch=4), "batches, batch_size"),
+        (dict(model=1), 'weights "[0-9a-f]{15}... there and'),
+        (dict(measure="margin"), 'measure "max_softmax" there and "margin" here'),
+        (dict(batch=4), "batches 7 there and 13 here; batch_size 8 there and 4 here"),
     ],
 )
 def test_part_file_of_another_run_is_refused(tmp_path, change, named):
     part = tmp_path / "t.part"
     with pytest.raises(KeyboardInterrupt):
         collect_exits(make_model(), DataLoader(Interrupted(make_data(), at=30), 8), part_file=part)
-    with pytest.raises(ValueError, match=rf"of another run \(its {named} differs\)"):
+    with pytest.raises(ValueError, match=rf"of another run: {named}"):
         collect_exits(
             make_model(seed=change.get("model", 0)),
             DataLoader(make_data(), change.get("batch", 8)),
@@ -173,10 +177,151 @@ def test_part_file_of_another_run_is_refused(tmp_path, change, named):
         )
 
 
+def interrupt(model: torch.nn.Module, data: Dataset, part, at: int = 30) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        collect_exits(model, DataLoader(Interrupted(data, at), 8), part_file=part)
+
+
+def enlarged(data: TensorDataset) -> TensorDataset:
+    return TensorDataset(data.tensors[0].repeat(1, 1, 2, 2), data.tensors[1])
+
+
+def changed(data: TensorDataset, images: dict | None = None, labels: dict | None = None) -> TensorDataset:
+    x, y = (tensor.clone() for tensor in data.tensors)
+    for index in images or ():
+        x[index] += 1
+    for index in labels or ():
+        y[index] = (y[index] + 1) % 5
+    return TensorDataset(x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (enlarged, "its images are 3 x 16 x 16 and this run's 3 x 32 x 32"),
+        (lambda data: changed(data, images=range(50)), "its images differ: 8 of 8 in batch 1"),
+        (lambda data: changed(data, images=[20, 23]), "its images differ: 2 of 8 in batch 3"),
+        (lambda data: changed(data, labels=[20]), "its labels differ in batch 3"),
+        (lambda data: TensorDataset(*(t[:49] for t in data.tensors)), "samples 50 there and 49 here"),
+    ],
+)
+def test_part_file_of_other_data_is_refused_and_kept(tmp_path, change, named):
+    model, part = make_model(), tmp_path / "t.part"
+    interrupt(model, make_data(), part)
+    before = part.read_bytes()
+    with pytest.raises(ValueError, match=f"of another run: .*{named}"):
+        collect_exits(model, DataLoader(change(make_data()), 8), part_file=part)
+    assert part.read_bytes() == before
+
+
+def test_part_file_of_weights_with_equal_sums_is_refused(tmp_path):
+    model, part = make_model(), tmp_path / "t.part"
+    interrupt(model, make_data(), part)
+    with torch.no_grad():
+        model.stages[1][0].weight.copy_(model.stages[1][0].weight.flip(0))
+    with pytest.raises(ValueError, match="of another run: weights"):
+        collect_exits(model, DataLoader(make_data(), 8), part_file=part)
+
+
+def test_stream_is_resumed_too(tmp_path):
+    class Stream(IterableDataset):
+        def __init__(self, stop: int = 99) -> None:
+            self.stop = stop
+
+        def __iter__(self):
+            for index, sample in enumerate(make_data()):
+                if index == self.stop:
+                    raise KeyboardInterrupt
+                yield sample
+
+    model, part = make_model(), tmp_path / "t.part"
+    with pytest.raises(KeyboardInterrupt):
+        collect_exits(model, DataLoader(Stream(30), 8), part_file=part)
+    with CountedRows(model) as counted:
+        table = collect_exits(model, DataLoader(Stream(), 8), part_file=part)
+    assert counted.rows == [26] * 3
+    assert same(table, collect_exits(model, DataLoader(make_data(), 8)))
+
+
+@pytest.mark.parametrize("keep", [1, 10, 25, 200])
+def test_part_file_cut_in_its_header_is_started_again(tmp_path, keep):
+    model, part = make_model(), tmp_path / "t.part"
+    interrupt(model, make_data(), part)
+    part.write_bytes(part.read_bytes()[:keep])
+    with pytest.warns(UserWarning, match="cut off in its header; it is started again"):
+        table = collect_exits(model, DataLoader(make_data(), 8), part_file=part)
+    assert same(table, collect_exits(model, DataLoader(make_data(), 8)))
+
+
+def test_part_file_damaged_in_its_header_is_kept(tmp_path):
+    model, part = make_model(), tmp_path / "t.part"
+    interrupt(model, make_data(), part)
+    damaged = bytearray(part.read_bytes())
+    damaged[60] ^= 1
+    part.write_bytes(damaged)
+    with pytest.raises(ValueError, match="its header is damaged"):
+        collect_exits(model, DataLoader(make_data(), 8), part_file=part)
+    assert part.read_bytes() == damaged
+
+
+def test_damage_between_batches_is_said_and_done_again(tmp_path):
+    model, part = make_model(), tmp_path / "t.part"
+    interrupt(model, make_data(), part)
+    damaged = bytearray(part.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    part.write_bytes(damaged)
+    with pytest.warns(UserWarning, match=r"damaged after \d batches"):
+        table = collect_exits(model, DataLoader(make_data(), 8), part_file=part)
+    assert same(table, collect_exits(model, DataLoader(make_data(), 8)))
+
+
+def test_part_file_in_use_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("exit_plugins.exits.parts._PATIENCE", 0.0)
+    model, part = make_model(), tmp_path / "t.part"
+
+    def batches():
+        yield next(iter(DataLoader(make_data(), 8)))
+        with pytest.raises(ValueError, match="in use by another run"):
+            collect_exits(make_model(), DataLoader(make_data(), 8), part_file=part)
+
+    collect_exits(model, batches(), part_file=part)
+
+
+def test_table_is_written_before_the_part_file_goes(tmp_path, monkeypatch):
+    model, part, path = make_model(), tmp_path / "t.part", tmp_path / "t.npz"
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", full_disk)
+        with pytest.raises(OSError, match=f"No space left on device.*{path.name}"):
+            collect_exits(model, DataLoader(make_data(), 8), part_file=part, save_as=path)
+    assert part.exists() and not path.exists()
+    with CountedRows(model) as counted:
+        table = collect_exits(model, DataLoader(make_data(), 8), part_file=part, save_as=path)
+    assert counted.rows == [0] * 3 and same(ExitTable.load(path), table)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.npz"]
+
+
+def test_target_is_checked_before_the_run(tmp_path, monkeypatch):
+    model = make_model()
+    (tmp_path / "file").write_text("")
+    with CountedRows(model) as counted:
+        with pytest.raises(IsADirectoryError, match="is a folder; name a file"):
+            collect_exits(model, DataLoader(make_data(), 8), save_as=tmp_path)
+        with pytest.raises(OSError, match="file"):
+            collect_exits(model, DataLoader(make_data(), 8), save_as=tmp_path / "file" / "t.npz")
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+        with pytest.raises(OSError, match="are to be written and 0 MB are free"):
+            collect_exits(model, DataLoader(make_data(), 8), save_as=tmp_path / "t.npz", keep_logits=True)
+    assert counted.rows == [0] * 3 and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_part_file_that_is_none_is_left_alone(tmp_path):
     part = tmp_path / "notes.txt"
     part.write_text("do not touch")
-    with pytest.raises(ValueError, match="not a part file"):
+    with pytest.raises(ValueError, match="not a readable part file"):
         collect_exits(make_model(), DataLoader(make_data(), 8), part_file=part)
     assert part.read_text() == "do not touch"
 
@@ -232,6 +377,109 @@ def test_damaged_table_is_one_clear_line(tmp_path, damage):
         ExitTable.load(path)
     with pytest.raises(FileNotFoundError, match="no exit table at"):
         ExitTable.load(tmp_path / "none.npz")
+
+
+def rewrite(path, change) -> None:
+    """The members of a table's file, changed, in a file whose own checksums are in order."""
+    with np.load(path) as file:
+        members = {name: file[name] for name in file.files}
+    change(members)
+    np.savez(path.open("wb"), **members)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("logits"), "checksum does not fit"),
+        (lambda m: m.pop("sample"), "checksum does not fit"),
+        (lambda m: m.update(logit=m.pop("logits")), "unknown fields: logit"),
+        (lambda m: m.update(measure=np.array("luck")), "checksum does not fit"),
+        (lambda m: m.update(format=np.array("exit_plugins.table/3")), "its format is exit_plugins.table/3"),
+        (lambda m: m.pop("target"), "checksum does not fit"),
+        (lambda m: m.pop("format"), "lacks 'format'"),
+    ],
+)
+def test_file_whose_members_were_changed_is_refused(tmp_path, change, message):
+    path = tmp_path / "t.npz"
+    collect_exits(make_model(), DataLoader(make_data(), 8), keep_logits=True).save(path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        ExitTable.load(path)
+
+
+def test_name_flipped_in_the_directory_does_not_drop_the_logits(tmp_path):
+    path = tmp_path / "t.npz"
+    collect_exits(make_model(), DataLoader(make_data(), 8), keep_logits=True).save(path)
+    whole = path.read_bytes()
+    name = whole.rindex(b"logits.npy")
+    path.write_bytes(whole[:name] + b"mogits.npy" + whole[name + 10 :])
+    with pytest.raises(ValueError, match="not a readable exit table"):
+        ExitTable.load(path)
+
+
+def earlier(path, **changes) -> None:
+    """A file as the version before wrote it."""
+    fields = dict(
+        format=np.array("exit_plugins.table/1"),
+        measure=np.array("max_softmax"),
+        temperatures=np.ones(2),
+        confidence=np.full((2, 4), 0.5, np.float32),
+        prediction=np.zeros((2, 4), np.int64),
+        target=np.zeros(4, np.int64),
+    )
+    np.savez(path.open("wb"), **(fields | changes))
+
+
+def test_file_of_the_version_before_is_read_and_checked(tmp_path):
+    path = tmp_path / "t.npz"
+    earlier(path)
+    assert len(ExitTable.load(path)) == 4
+    for changes, message in [
+        (dict(measure=np.array("luck")), "unknown confidence 'luck'"),
+        (dict(target=np.array([0.0, 1, 2, 0.5])), "its target are float64"),
+        (dict(prediction=np.zeros((2, 4), np.float32)), "its prediction are float32"),
+        (dict(confidence=np.zeros((2, 4))), "its confidence are float64"),
+        (dict(logitz=np.zeros(3)), "unknown fields: logitz"),
+        (dict(temperatures=np.array([1.0, 1e-320])), "temperatures must be 2 numbers"),
+        (dict(measure=np.array(object(), dtype=object)), "not a readable exit table"),
+    ]:
+        earlier(path, **changes)
+        with pytest.raises(ValueError, match=message):
+            ExitTable.load(path)
+
+
+def test_archive_of_something_else_is_one_clear_line(tmp_path):
+    path = tmp_path / "t.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("format.npy", b"\x93NUMPY\x01\x00\xff\xff")
+    with pytest.raises(ValueError, match="not a readable exit table") as caught:
+        ExitTable.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(target=[0.5, 1, 0]),
+        dict(target=[np.nan, 1, 0]),
+        dict(target=["a", "b", "c"]),
+        dict(prediction=[[0, 1, 2], [0, 1, 2.5]]),
+        dict(target=np.array([2**64 - 1, 0, 0], np.uint64)),
+        dict(measure="luck"),
+        dict(measure=3),
+        dict(temperatures=(1.0, 0.0)),
+        dict(temperatures=(1.0, True)),
+        dict(temperatures=(1.0, "1")),
+        dict(temperatures=(1e-320, 1.0)),
+        dict(temperatures=(float("nan"), 1.0)),
+        dict(confidence=[["a", "b", "c"]] * 2),
+        dict(logits=np.zeros((2, 3, 4), int)),
+    ],
+)
+def test_table_of_what_is_no_class_or_confidence_is_refused(wrong):
+    fields = dict(confidence=np.zeros((2, 3)), prediction=np.zeros((2, 3)), target=np.zeros(3))
+    with pytest.raises(ValueError):
+        ExitTable(**(fields | wrong))
 
 
 def test_saved_logits_of_any_model_make_a_table():

@@ -113,7 +113,9 @@ def test_first_msdnet_threshold_rises_along_the_sweep():
 
 def every_outcome(table: ExitTable, costs: np.ndarray) -> list[tuple[float, float]]:
     """(accuracy, cost) of every set of thresholds that can differ."""
-    grids = [np.unique(np.append(c[~np.isnan(c)], np.inf)) for c in table.confidence[:-1]]
+    # The largest number there is: whoever is infinitely sure leaves, and nobody else.
+    ends = (np.inf, np.finfo(np.float32).max)
+    grids = [np.unique(np.append(c[~np.isnan(c)], ends)) for c in table.confidence[:-1]]
     return [naive_run(table, np.array([*t, -np.inf]), costs)[:2] for t in itertools.product(*grids)]
 
 
@@ -149,7 +151,8 @@ def test_shared_is_the_best_single_threshold(case, place):
     table, costs = case
     if table.num_exits == 1:
         return
-    values = np.unique(np.append(table.confidence[:-1][~np.isnan(table.confidence[:-1])], np.inf))
+    ends = (np.inf, np.finfo(np.float32).max)
+    values = np.unique(np.append(table.confidence[:-1][~np.isnan(table.confidence[:-1])], ends))
     outcomes = [naive_run(table, np.full(table.num_exits, t), costs)[:2] for t in values]
     budget = sorted(cost for _, cost in outcomes)[int(place * (len(outcomes) - 1))] * (1 + 1e-12)
     best = max(accuracy for accuracy, cost in outcomes if cost <= budget)
@@ -273,6 +276,8 @@ def test_empty_split_is_refused():
 def test_exact_refuses_more_than_three_exits():
     with pytest.raises(ValueError, match='takes up to 3 exits and the table has 4; use "lagrangian"'):
         solve_thresholds(realistic_table(4, 20), costs_of(4), budget=3.0, method="exact")
+    with pytest.raises(TypeError, match="does not take the option.*max_exits"):
+        solve_thresholds(realistic_table(4, 20), costs_of(4), budget=3.0, method="exact", max_exits=4)
 
 
 def test_unknown_option_of_a_method_is_named():
