@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
         train_dataset=Named(train),
         eval_dataset=Named(calibration),
         compute_metrics=compute_exit_metrics,
-        callbacks=[DynTrainerCallback()],
+        callbacks=[DynTrainerCallback(predict_exits=True)],
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
     model.save_pretrained(str(Path(args.output, "adapter")))

@@ -11,7 +11,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -153,11 +153,12 @@ def _remove_left_over(path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike, without: Iterable[str | os.PathLike] = ()) -> Iterator[Path]:
     """A new, empty folder to write into, which becomes ``path`` when the block ends without an error.
 
     Until then ``path`` is as it was, whatever happens, and from then on it holds what the block wrote and, beside it,
     what ``path`` held under other names: those files are linked over, never moved out of a folder that could vanish.
+    Files named in ``without`` (relative to ``path``) are not kept: what the new ones make obsolete.
     Killed at any moment, ``path`` is the whole old folder or the whole new one (on Linux, where two folders change
     places in one step; elsewhere there is an instant in which the old one stands beside it under a hidden name, and the
     next call puts it back). What a killed run left behind is removed by the next call for the same ``path``.
@@ -181,8 +182,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             written = _files(new)
             for file in written:
                 _sync(new / file)
+            written |= {Path(name) for name in without}
             if inside:
                 _place(new, path)
+                for name in without:
+                    (path / name).unlink(missing_ok=True)
                 shutil.rmtree(new)
                 return
             if path.exists():

@@ -1,112 +1,38 @@
 """``get_dyn_peft_model``: early exits over any PEFT method that wraps a vision transformer's linear layers."""
 
 import copy
-import json
 import os
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
 from peft.utils.error import NoMatchingPeftModuleError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..exits import MultiExitLoss
-from ..exits.files import atomic_write
-from .multi_exit import EarlyHead, ExitModel, Family, MultiExitBackbone, find_family
+from ..exits.files import atomic_folder
+from .dyn_config import DynConfig
+from .families import Family, find_family
+from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, write_exits
+from .multi_exit import EarlyHead, ExitHeads, ExitModel, MultiExitBackbone
 from .schedule import GradientMask, exit_weights, set_dropout
 
 __all__ = ["DynConfig", "DynPeftModel", "get_dyn_peft_model"]
 
-CONFIG_NAME = "dyn_config.json"
-HEADS_NAME = "dyn_heads.safetensors"
-FORMAT = 1
-_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
-
-
-@dataclass
-class DynConfig:
-    """Early heads and training of Dyn-Adapter. The defaults are the paper's, for ViT-B of 12 blocks.
-
-    Args:
-        exit_interval: Blocks per exit, T; it divides the number of blocks. Left out: a quarter of them, and for
-            hierarchical models one stage.
-        num_classes: Classes of the task; what the backbone's classifier must have. Left out: what it has.
-        token: What early heads read: ``"cls"``, the class token, or ``"mean"``, the mean of the patch tokens. Left out:
-            the class token where there is one.
-        head_widths: Hidden width of each early head from the front, 0 for a linear one; heads beyond are linear. Left
-            out: the shallow half of the exits gets MLPs, from 96 wide down to 48 (section 3.2, "Head Balance").
-        lambda_shallow, lambda_deep: First and last weight of the losses of the shallow and of the deep exits
-            (section 3.2, "Adaptive Prioritization"). Equal ends switch the schedule off.
-        dropout_shallow, dropout_deep: Dropout of adapters in the first half of the blocks and in the second (section
-            3.3). None leaves the adapter's own.
-        mask: ``"gradient"`` or ``"update"`` (eq. 8; see ``GradientMask``), or None for none.
-        mask_share: Share p_m of the entries that a step leaves out.
-        mask_scope: What is masked: ``"all"``, ``"adapters"`` or ``"heads"``.
-        mask_seed: Seed of the masks.
-        label_smoothing: Of the loss at every exit.
-    """
-
-    exit_interval: int | None = None
-    num_classes: int | None = None
-    token: str | None = None
-    head_widths: Sequence[int] | None = None
-    lambda_shallow: tuple[float, float] = (0.1, 0.5)
-    lambda_deep: tuple[float, float] = (1.0, 0.5)
-    dropout_shallow: float | None = 0.5
-    dropout_deep: float | None = 0.1
-    mask: str | None = "gradient"
-    mask_share: float = 0.1
-    mask_scope: str = "all"
-    mask_seed: int = 0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.token not in (None, "cls", "mean"):
-            raise ValueError(f"unknown token {self.token!r}; choose cls or mean, or leave it out.")
-        if self.mask not in (None, "gradient", "update"):
-            raise ValueError(f"unknown mask {self.mask!r}; choose gradient or update, or None for no mask.")
-        if self.mask_scope not in ("all", "adapters", "heads"):
-            raise ValueError(f"unknown mask_scope {self.mask_scope!r}; choose all, adapters or heads.")
-        for name in ("dropout_shallow", "dropout_deep", "mask_share", "label_smoothing"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {value}.")
-        for name in ("lambda_shallow", "lambda_deep"):
-            pair = tuple(float(value) for value in getattr(self, name))
-            if len(pair) != 2 or min(pair) < 0:
-                raise ValueError(f"{name} is a pair of weights that are not negative, first and last; got {pair}.")
-            setattr(self, name, pair)
-        if self.head_widths is not None:
-            self.head_widths = tuple(int(width) for width in self.head_widths)
-            if any(width < 0 for width in self.head_widths):
-                raise ValueError(f"head_widths are hidden widths, or 0 for a linear head; got {self.head_widths}.")
-
-    def exit_after(self, family: Family, units: int) -> tuple[int, ...]:
-        """How many of the backbone's ``units`` have run at each exit."""
-        interval = self.exit_interval or family.interval or max(units // 4, 1)
-        if interval < 1 or units % interval or units == interval:
-            fitting = [d for d in range(1, units) if units % d == 0]
-            raise ValueError(
-                f"exit_interval={interval} does not cut {units} {family.unit}s of {family.name} into two or more equal "
-                f"parts; choose one of {fitting}."
-            )
-        return tuple(range(interval, units + 1, interval))
-
-    def hidden_widths(self, num_exits: int) -> list[int]:
-        """Hidden width of each of the ``num_exits - 1`` early heads, 0 for linear ones."""
-        early, widths = num_exits - 1, self.head_widths
-        if widths is None:
-            heavy = num_exits // 2
-            widths = [round(96 - 48 * index / max(heavy - 1, 1)) for index in range(min(heavy, early))]
-        if len(widths) > early:
-            raise ValueError(f"{len(widths)} head_widths were given for {early} early heads.")
-        return [*widths, *[0] * (early - len(widths))]
+# PEFT methods that are registered as the others are and cannot adapt an image classifier, and why.
+_UNFIT = {
+    "POLY": "it needs task_ids with every call",
+    "SHADOW": "it runs a copy of a language model's decoder beside the model",
+    "TRAINABLE_TOKENS": "it trains token embeddings",
+    "XLORA": "it mixes LoRA adapters that were saved before, for a language model",
+}
 
 
 class DynPeftModel(ExitModel, PeftModel):
@@ -134,13 +60,7 @@ class DynPeftModel(ExitModel, PeftModel):
     ) -> None:
         dyn_config = dyn_config or DynConfig()
         family = find_family(model)
-        if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
-            raise TypeError(
-                f"{peft_config.peft_type.value} does not wrap layers of the backbone; choose a method that does, such "
-                "as LoRA, RepAdapter or Bottleneck."
-            )
-        if peft_config.task_type is not None:
-            raise ValueError(f"task_type={peft_config.task_type} is for language models; leave it out.")
+        _check_method(peft_config)
         exit_after = _check_backbone(model, family, dyn_config)
         family.prepare(model)
         _save_classifiers(peft_config, family.classifiers(model))
@@ -158,11 +78,13 @@ class DynPeftModel(ExitModel, PeftModel):
         self._exit_after: dict[str, tuple[int, ...]] = {}
         self._cross_entropy: dict[str, MultiExitLoss] = {}
         self._own_criterion: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.exit_heads = nn.ModuleDict()
+        self.exit_heads = ExitHeads()
         self.register_buffer("exit_weights", torch.zeros(0), persistent=False)
         self.progress = 0.0
+        # Whether somebody sets the progress, has attached the mask; steps seen while one of them is missing.
+        self._led, self._masked, self._steps_seen = False, False, 0
         self._add_exits(adapter_name, dyn_config, exit_after)
-        self.set_progress(0.0)
+        self._weigh_exits()
 
     # The exits of the active adapter
 
@@ -216,8 +138,17 @@ class DynPeftModel(ExitModel, PeftModel):
         return MultiExitBackbone(self.backbone, self.early_heads, self.exit_after, self.token)
 
     def __getattr__(self, name: str) -> Any:
+        """What is missing here is PEFT's tuner's or the backbone's, as in ``PeftModel``, unless exits would be lost."""
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        tuner = self.base_model
+        if name in vars(tuner) or name in tuner._modules or name in tuner._parameters or hasattr(type(tuner), name):
+            return getattr(tuner, name)
+        try:
+            return self._of_backbone(name)
         except AttributeError:
             if name == "config":  # transformers' Trainer asks for it where it would smooth labels itself
                 raise AttributeError(
@@ -231,6 +162,11 @@ class DynPeftModel(ExitModel, PeftModel):
 
     def set_progress(self, progress: float) -> None:
         """Set the weights of the exits' losses for the share of training done, in [0, 1]."""
+        self._led = True
+        self._weigh_exits(progress)
+
+    def _weigh_exits(self, progress: float | None = None) -> None:
+        progress = self.progress if progress is None else progress
         config = self.dyn_config[self._active]
         weights = exit_weights(self.num_exits, progress, config.lambda_shallow, config.lambda_deep)
         weights = torch.tensor(weights, device=_classifier(self.backbone, self.family).weight.device)
@@ -266,12 +202,34 @@ class DynPeftModel(ExitModel, PeftModel):
                 f"expected the logits of all {self.num_exits} exits, as the model returns them in training mode or "
                 f"forward_exits does; got {'one tensor' if isinstance(outputs, Tensor) else len(outputs)}."
             )
+        led = self._led and self._masked
+        if self.training and not led and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._notice_unled_training()
         criterion = self.criterion
         losses = torch.stack([criterion(logits, target) for logits in outputs])
         return (self.exit_weights.to(losses) * losses).sum()
 
+    def _notice_unled_training(self) -> None:
+        """Warn at the second step of a training that nobody tells how far it is."""
+        self._steps_seen += 1
+        config, missing = self.dyn_config[self._active], []
+        if not self._led and any(start != end for start, end in (config.lambda_shallow, config.lambda_deep)):
+            weights = [round(weight, 2) for weight in self.exit_weights.tolist()]
+            missing.append(f"its exits keep the weights they start with, {weights}")
+        if not self._masked and config.mask is not None and config.mask_share:
+            missing.append("no entry of the gradient is masked")
+        if self._steps_seen == 2 and missing:
+            warnings.warn(
+                f"this model is in training and nobody leads it: {', and '.join(missing)}. With transformers' Trainer "
+                "give it callbacks=[DynTrainerCallback()] (in exit_plugins.peft); in another loop call "
+                "attach_mask(optimizer) before it and set_progress(step / total) at every step. If this is meant, say "
+                "so in DynConfig: equal ends of lambda_shallow and of lambda_deep, mask=None.",
+                stacklevel=3,
+            )
+
     def attach_mask(self, optimizer: Optimizer) -> GradientMask | None:
         """Let the gradient mask of the active adapter act on ``optimizer``; None if the configuration has no mask."""
+        self._masked = True
         config = self.dyn_config[self._active]
         if config.mask is None or not config.mask_share:
             return None
@@ -289,7 +247,8 @@ class DynPeftModel(ExitModel, PeftModel):
     ) -> None:
         """As ``PeftModel.add_adapter``; ``dyn_config`` says its exits, by default the active adapter's."""
         dyn_config = dyn_config or self.dyn_config[self._active]
-        exit_after = _check_backbone(self.backbone, self.family, dyn_config, classifier=False)
+        _check_method(peft_config)
+        exit_after = _check_backbone(self.backbone, self.family, dyn_config)
         _save_classifiers(peft_config, self.family.classifiers(self.backbone))
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         self._add_exits(adapter_name, dyn_config, exit_after)
@@ -299,7 +258,7 @@ class DynPeftModel(ExitModel, PeftModel):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for name, heads in self.exit_heads.items():
             heads.requires_grad_(name == adapter_name and not inference_mode)
-        self.set_progress(self.progress)
+        self._weigh_exits()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As ``PeftModel.set_requires_grad``, early heads included."""
@@ -328,39 +287,43 @@ class DynPeftModel(ExitModel, PeftModel):
     def save_pretrained(
         self,
         save_directory: str,
+        safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
         **kwargs: Any,
     ) -> None:
-        """As ``PeftModel.save_pretrained``; exits and early heads are written beside each adapter."""
+        """As ``PeftModel.save_pretrained``; exits and early heads are written beside each adapter.
+
+        The folder is written whole or not at all; what else lies in it stays.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; name a folder.")
         state_dict = kwargs.pop("state_dict", None)
         state_dict = self.state_dict() if state_dict is None else state_dict
         heads = {key: value for key, value in state_dict.items() if key.startswith("exit_heads.")}
-        super().save_pretrained(
-            save_directory,
+        settings = dict(
+            safe_serialization=safe_serialization,
             selected_adapters=selected_adapters,
             is_main_process=is_main_process,
             state_dict={key: value for key, value in state_dict.items() if key not in heads},
             **kwargs,
         )
-        if not is_main_process:
+        if not is_main_process:  # takes part in gathering what is spread over processes, and writes nothing
+            super().save_pretrained(save_directory, **settings)
             return
-        for name in selected_adapters or list(self.peft_config):
-            folder = Path(save_directory, "" if name == "default" else name)
-            prefix = f"exit_heads.{name}."
-            tensors = {
-                k.removeprefix(prefix): v.detach().contiguous() for k, v in heads.items() if k.startswith(prefix)
-            }
-            with atomic_write(folder / HEADS_NAME, "wb") as file:
-                file.write(save(tensors, metadata={"format": "pt"}))
-            record = {
-                "format": FORMAT,
-                "base_model_class": type(self.backbone).__name__,
-                "base_model_name": _name_of(self.backbone),
-                **asdict(self.dyn_config[name]),
-            }
-            with atomic_write(folder / CONFIG_NAME) as file:
-                json.dump(record, file, indent=2)
+        names = list(selected_adapters or self.peft_config)
+        places = {name: "" if name == "default" else name for name in names}
+        # Of the two files that weights may stand in, PEFT reads an old one before a new one.
+        unused = WEIGHTS_NAME if safe_serialization else SAFETENSORS_WEIGHTS_NAME
+        with atomic_folder(save_directory, without=[Path(place, unused) for place in places.values()]) as folder:
+            card = Path(save_directory, "README.md")
+            if card.exists():  # PEFT adds to the card that is there
+                shutil.copy2(card, folder)
+            super().save_pretrained(str(folder), **settings)
+            for name, place in places.items():
+                prefix = f"exit_heads.{name}."
+                tensors = {k.removeprefix(prefix): v for k, v in heads.items() if k.startswith(prefix)}
+                write_exits(folder / place, self.backbone, "adapter", asdict(self.dyn_config[name]), tensors)
 
     @classmethod
     def from_pretrained(
@@ -379,8 +342,10 @@ class DynPeftModel(ExitModel, PeftModel):
             ValueError: the folder holds no exits, or they, or the adapter, do not fit ``model``; missing and unexpected
                 entries are named.
         """
-        hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
-        dyn_config, _ = _read_exits(model_id, type(model).__name__, **hub)
+        hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+        record, _ = read_exits(model_id, "adapter", **hub)
+        check_base(model_id, record, model)
+        dyn_config = _config_of(record)
         config = config or PeftConfig.from_pretrained(str(model_id), **hub)
         config.inference_mode = not is_trainable
         dyn = cls(model, config, adapter_name, dyn_config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -393,8 +358,10 @@ class DynPeftModel(ExitModel, PeftModel):
         self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> Any:
         """As ``PeftModel.load_adapter``, early heads included; strict, as ``from_pretrained`` is."""
-        hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
-        dyn_config, heads = _read_exits(model_id, type(self.backbone).__name__, **hub)
+        hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+        record, heads = read_exits(model_id, "adapter", **hub)
+        check_base(model_id, record, self.backbone)
+        dyn_config = _config_of(record)
         saved = set(load_peft_weights(str(model_id), device="cpu", **hub))
         new = adapter_name not in self.peft_config
         if new:
@@ -404,10 +371,11 @@ class DynPeftModel(ExitModel, PeftModel):
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         try:
-            expected = set(get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False))
-            _check_keys(f"the adapter in {model_id}", saved, expected)
+            state = {key: value for key, value in self.state_dict().items() if not key.startswith("exit_heads.")}
+            expected = set(get_peft_model_state_dict(self, state, adapter_name, save_embedding_layers=False))
+            check_keys(f"the adapter in {model_id}", saved, expected)
             own = self.exit_heads[adapter_name].state_dict()
-            _check_keys(f"the early heads in {model_id}", set(heads), set(own))
+            check_keys(f"the early heads in {model_id}", set(heads), set(own))
             wrong = [k for k in heads if heads[k].shape != own[k].shape]
             if wrong:
                 shapes = ", ".join(f"{k}: {tuple(heads[k].shape)} for {tuple(own[k].shape)}" for k in wrong)
@@ -416,7 +384,8 @@ class DynPeftModel(ExitModel, PeftModel):
             if new:
                 self.delete_adapter(adapter_name)
             raise
-        result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
+        with self.exit_heads.apart():
+            result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
         self.exit_heads[adapter_name].load_state_dict(heads)
         return result
 
@@ -458,22 +427,36 @@ def _classifier(model: nn.Module, family: Family) -> nn.Module:
     return model.get_submodule(family.classifiers(model)[0])
 
 
-def _check_backbone(model: nn.Module, family: Family, config: DynConfig, classifier: bool = True) -> tuple[int, ...]:
+def _check_method(config: PeftConfig) -> None:
+    """TypeError if the method cannot adapt the layers of an image classifier, ValueError if it is told it is none."""
+    method = config.peft_type.value
+    reason = _UNFIT.get(method)
+    if config.is_prompt_learning or config.is_adaption_prompt or not hasattr(config, "modules_to_save"):
+        reason = reason or "it does not wrap layers of the backbone"
+    if reason:
+        raise TypeError(
+            f"{method} cannot adapt an image classifier: {reason}. Choose a method that wraps its layers, such as "
+            "LoRA, RepAdapter or Bottleneck."
+        )
+    if config.task_type is not None:
+        raise ValueError(f"task_type={config.task_type} is for language models; leave it out.")
+
+
+def _check_backbone(model: nn.Module, family: Family, config: DynConfig) -> tuple[int, ...]:
     """Where exits stand in ``model``, if ``config`` fits it."""
-    if classifier:
-        found = _classifier(model, family)
-        if not hasattr(found, "weight"):
-            raise ValueError(
-                f"{type(model).__name__} has no classifier, which is the last exit's head: create it with num_classes "
-                f"(num_labels in transformers){f' = {config.num_classes}' if config.num_classes else ''}."
-            )
-        if config.num_classes is not None and found.weight.shape[0] != config.num_classes:
-            raise ValueError(
-                f"the backbone's classifier has {found.weight.shape[0]} classes and DynConfig says "
-                f"{config.num_classes}: create the backbone for the task (num_classes={config.num_classes} in "
-                f"timm.create_model, num_labels in transformers), or call reset_classifier({config.num_classes}) of a "
-                "timm model."
-            )
+    found = _classifier(model, family)
+    if not hasattr(found, "weight"):
+        raise ValueError(
+            f"{type(model).__name__} has no classifier, which is the last exit's head: create it with num_classes "
+            f"(num_labels in transformers){f' = {config.num_classes}' if config.num_classes else ''}."
+        )
+    if config.num_classes is not None and found.weight.shape[0] != config.num_classes:
+        raise ValueError(
+            f"the backbone's classifier has {found.weight.shape[0]} classes and DynConfig says {config.num_classes}: "
+            f"create the backbone for the task (num_classes={config.num_classes} in timm.create_model, num_labels in "
+            f"transformers), or call reset_classifier({config.num_classes}) of a timm model. All adapters of one "
+            "backbone have its number of classes."
+        )
     if config.token == "cls" and not family.has_class_token(model):
         raise ValueError(f"this {type(model).__name__} has no class token; use token='mean' or leave token out.")
     exit_after = config.exit_after(family, len(family.units(model)))
@@ -489,44 +472,6 @@ def _save_classifiers(config: PeftConfig, names: list[str]) -> None:
     ]
 
 
-def _name_of(model: nn.Module) -> str | None:
-    if hasattr(model, "pretrained_cfg"):
-        return (model.pretrained_cfg or {}).get("architecture")
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
-
-
-def _check_keys(what: str, found: set[str], expected: set[str]) -> None:
-    if found != expected:
-        raise ValueError(
-            f"{what} do not fit the model. Missing: {sorted(expected - found) or 'none'}. "
-            f"Unexpected: {sorted(found - expected) or 'none'}."
-        )
-
-
-def _read_exits(model_id: str | os.PathLike, base_class: str, **hub: Any) -> tuple[DynConfig, dict[str, Tensor]]:
-    """Configuration and early heads of a saved adapter; ``base_class`` is what they are to be used over."""
-    paths = []
-    for name in (CONFIG_NAME, HEADS_NAME):
-        if os.path.isdir(model_id):
-            path = Path(model_id, hub.get("subfolder") or "", name)
-            if not path.exists():
-                raise ValueError(
-                    f"{model_id} has no {name}, and so no exits. For an adapter without exits use "
-                    "PeftModel.from_pretrained."
-                )
-        else:
-            from huggingface_hub import hf_hub_download
-
-            path = hf_hub_download(str(model_id), name, **hub)
-        paths.append(path)
-    record = json.loads(Path(paths[0]).read_text())
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{paths[0]} has format {record.get('format')}, and this version reads format {FORMAT}.")
-    saved_class = record.get("base_model_class")
-    if saved_class != base_class:
-        raise ValueError(
-            f"{model_id} was trained over a {saved_class} ({record.get('base_model_name')}) and was given "
-            f"a {base_class}."
-        )
+def _config_of(record: dict[str, Any]) -> DynConfig:
     known = {field.name for field in fields(DynConfig)}
-    return DynConfig(**{key: value for key, value in record.items() if key in known}), load_file(paths[1])
+    return DynConfig(**{key: value for key, value in record.items() if key in known})

@@ -1,359 +1,31 @@
-"""Early heads over a backbone somebody else wrote: how each family is cut into blocks, and what is made of it.
+"""Early heads over a backbone somebody else wrote: the multi-exit model in training, and the merged one."""
 
-A new family is one subclass of ``Family`` with the four steps of its forward, registered by ``register_family``.
-"""
-
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import timm.models
 import torch
-import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, PushToHubMixin
 
 from ..exits import MultiExit
-
-__all__ = ["DynOutput", "EarlyHead", "ExitModel", "Family", "MultiExitBackbone", "find_family", "register_family"]
-
-
-class Family(ABC):
-    """How the models of one family are cut into a chain of units (blocks, or stages), each of which may end in an exit.
-
-    An instance belongs to no model: every method is given the model, adapters included, and calls its modules, so that
-    whatever wraps them is in effect. The state between units is a pytree of tensors with the batch first.
-
-    Attributes:
-        name: what the family is called in messages.
-        unit: ``"block"`` or ``"stage"``.
-        interval: units per exit where nothing is said; None for a quarter of the units.
-    """
-
-    name: str
-    unit = "block"
-    interval: int | None = None
-
-    @abstractmethod
-    def accepts(self, model: nn.Module) -> bool:
-        """Whether this family's forward is the model's."""
-
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027  most families have nothing to do
-        """Change what would keep adapters from being called, without changing what the model computes."""
-
-    @abstractmethod
-    def units(self, model: nn.Module) -> list[str]:
-        """Names of the units in the order they run."""
-
-    def widths(self, model: nn.Module) -> list[int]:
-        """Number of features behind each unit."""
-        return [model.num_features] * len(self.units(model))
-
-    def has_class_token(self, model: nn.Module) -> bool:
-        """Whether ``features`` can be asked for the class token."""
-        return False
-
-    @abstractmethod
-    def classifiers(self, model: nn.Module) -> list[str]:
-        """Names of the linear layers that give the last exit's logits."""
-
-    @abstractmethod
-    def begin(self, model: nn.Module, x: Tensor) -> Any:
-        """Images (B, C, H, W) to the state the first unit reads."""
-
-    def run(self, model: nn.Module, index: int, state: Any) -> Any:
-        """The state behind unit ``index``."""
-        unit = model.get_submodule(self.units(model)[index])
-        if self.training_checkpoints(model):
-            return checkpoint(unit, state, use_reentrant=False)
-        return unit(state)
-
-    @staticmethod
-    def training_checkpoints(model: nn.Module) -> bool:
-        """Whether timm was told to trade computation for memory, and this is training."""
-        return bool(getattr(model, "grad_checkpointing", False)) and model.training and torch.is_grad_enabled()
-
-    @abstractmethod
-    def features(self, model: nn.Module, state: Any, token: str) -> Tensor:
-        """What an early head reads, (B, width): the class token (``"cls"``) or the mean over positions (``"mean"``)."""
-
-    @abstractmethod
-    def finish(self, model: nn.Module, state: Any) -> Tensor:
-        """The last exit's logits (B, C), by the backbone's own norm and head."""
-
-
-FAMILIES: list[Family] = []
-
-
-def register_family(family: type[Family]) -> type[Family]:
-    """Class decorator: make a family known to ``get_dyn_peft_model``. Families registered later are asked first."""
-    FAMILIES.insert(0, family())
-    return family
-
-
-def find_family(model: nn.Module) -> Family:
-    """The family of ``model``; TypeError naming the known ones, and how to add one, if there is none."""
-    for family in FAMILIES:
-        if family.accepts(model):
-            return family
-    known = "; ".join(sorted(family.name for family in FAMILIES))
-    raise TypeError(
-        f"{type(model).__name__} is of no family whose blocks are known. Known are: {known}. To add one, subclass "
-        "exit_plugins.peft.multi_exit.Family (its docstrings say what each method returns) and decorate the subclass "
-        "with register_family; nothing else changes."
-    )
-
-
-def _same_forward(model: nn.Module, cls: type, *names: str) -> bool:
-    """Whether ``model`` is a ``cls`` that did not override the methods a family restates."""
-    return isinstance(model, cls) and all(getattr(type(model), name) is getattr(cls, name) for name in names)
-
-
-class _TimmFamily(Family):
-    """Models whose last exit is timm's ``forward_head(norm(x))`` with the linear layer ``head``."""
-
-    def units(self, model):
-        return [f"blocks.{i}" for i in range(len(model.blocks))]
-
-    def has_class_token(self, model):
-        return model.cls_token is not None
-
-    def classifiers(self, model):
-        return ["head"]
-
-    def features(self, model, state, token):
-        return state[:, 0] if token == "cls" else state[:, model.num_prefix_tokens :].mean(1)
-
-    def finish(self, model, state):
-        return model.forward_head(model.norm(state))
-
-
-@register_family
-class TimmViT(_TimmFamily):
-    name = "timm VisionTransformer (vit, deit, deit3, augreg, mae, moco-v3, dino, dinov2, clip, siglip)"
-
-    def accepts(self, model):
-        return _same_forward(model, timm.models.VisionTransformer, "forward", "forward_features")
-
-    def classifiers(self, model):
-        return ["head", "head_dist"] if hasattr(model, "head_dist") else ["head"]
-
-    def begin(self, model, x):
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-
-
-@register_family
-class TimmEva(_TimmFamily):
-    """Rotary positions are the same for all samples of a batch: every unit computes them anew from the grid."""
-
-    name = "timm Eva (eva, eva02, dinov3, rope vit, perception encoder)"
-
-    def accepts(self, model):
-        return _same_forward(model, timm.models.Eva, "forward", "forward_features")
-
-    def prepare(self, model):
-        if model.rope is not None and model.patch_drop is not None:
-            raise ValueError(
-                "patch dropout gives every sample rotary positions of its own, which early exits do not carry; create "
-                "the model with patch_drop_rate=0."
-            )
-        for block in model.blocks:
-            # With a fused bias timm reads qkv.weight and never calls qkv, so that an adapter around it has no effect.
-            if getattr(block.attn, "qkv", None) is not None:
-                block.attn.qkv_bias_separate = True
-
-    def begin(self, model, x):
-        x = model.patch_embed(x)
-        # With inputs of any size, the grid is passed on as the shape of a leaf without elements.
-        grid = x.new_empty((x.shape[0], 0, x.shape[1], x.shape[2])) if model.dynamic_img_size else None
-        x, _ = model._pos_embed(x)
-        x = model.norm_pre(x)
-        return x if grid is None else (x, grid)
-
-    def run(self, model, index, state):
-        x, grid = state if isinstance(state, tuple) else (state, None)
-        rope = None
-        if model.rope is not None:
-            if grid is not None:
-                rope = model.rope.get_embed(shape=grid.shape[2:])
-            elif hasattr(model.rope, "feat_shape"):
-                rope = model.rope.get_embed()
-            else:
-                rope = model.rope.get_embed(shape=model.patch_embed.grid_size)
-            if getattr(model, "rope_mixed", False):
-                rope = rope[index]
-        block = model.blocks[index]
-        if self.training_checkpoints(model):
-            x = checkpoint(block, x, rope=rope, use_reentrant=False)
-        else:
-            x = block(x, rope=rope)
-        return x if grid is None else (x, grid)
-
-    def features(self, model, state, token):
-        return super().features(model, state[0] if isinstance(state, tuple) else state, token)
-
-    def finish(self, model, state):
-        return super().finish(model, state[0] if isinstance(state, tuple) else state)
-
-
-class _TimmStages(Family):
-    """Hierarchical models: every stage's end is an exit, read by its mean over positions."""
-
-    unit = "stage"
-    interval = 1
-
-    def classifiers(self, model):
-        return ["head.fc"]
-
-    def widths(self, model):
-        return [info["num_chs"] for info in model.feature_info]
-
-
-@register_family
-class TimmSwin(_TimmStages):
-    name = "timm SwinTransformer (by stages)"
-
-    def accepts(self, model):
-        return _same_forward(model, timm.models.SwinTransformer, "forward", "forward_features", "forward_head")
-
-    def units(self, model):
-        return [f"layers.{i}" for i in range(len(model.layers))]
-
-    def begin(self, model, x):
-        return model.patch_embed(x)
-
-    def features(self, model, state, token):
-        return state.mean((1, 2))  # (B, H, W, C)
-
-    def finish(self, model, state):
-        return model.forward_head(model.norm(state))
-
-
-@register_family
-class TimmConvNeXt(_TimmStages):
-    name = "timm ConvNeXt (by stages)"
-
-    def accepts(self, model):
-        return _same_forward(model, timm.models.ConvNeXt, "forward", "forward_features", "forward_head")
-
-    def units(self, model):
-        return [f"stages.{i}" for i in range(len(model.stages))]
-
-    def begin(self, model, x):
-        return model.stem(x)
-
-    def features(self, model, state, token):
-        return state.mean((2, 3))  # (B, C, H, W)
-
-    def finish(self, model, state):
-        return model.forward_head(model.norm_pre(state))
-
-
-class _TransformersFamily(Family):
-    """``XForImageClassification``: a body with embeddings and a list of layers, and a classifier."""
-
-    classes: tuple[type, ...]
-    layers = "layers"
-    prefix_tokens = 1
-
-    def accepts(self, model):
-        return type(model) in self.classes
-
-    @staticmethod
-    def body(model: nn.Module) -> nn.Module:
-        return getattr(model, model.base_model_prefix)
-
-    def units(self, model):
-        layers = f"{model.base_model_prefix}.{self.layers}"
-        return [f"{layers}.{i}" for i in range(len(model.get_submodule(layers)))]
-
-    def widths(self, model):
-        return [model.config.hidden_size] * len(self.units(model))
-
-    def has_class_token(self, model):
-        return True
-
-    def classifiers(self, model):
-        return ["classifier"]
-
-    def begin(self, model, x):
-        embeddings = self.body(model).embeddings
-        return embeddings(x.to(embeddings.patch_embeddings.projection.weight.dtype))
-
-    def run(self, model, index, state):
-        # The layers of transformers take care of gradient checkpointing themselves.
-        return model.get_submodule(self.units(model)[index])(state)
-
-    def features(self, model, state, token):
-        return state[:, 0] if token == "cls" else state[:, self.prefix_tokens :].mean(1)
-
-    def finish(self, model, state):
-        return model.classifier(self.body(model).layernorm(state)[:, 0])
-
-
-@register_family
-class TransformersViT(_TransformersFamily):
-    name = "transformers ViTForImageClassification"
-    classes = (transformers.ViTForImageClassification,)
-
-
-@register_family
-class TransformersDeiT(_TransformersFamily):
-    name = "transformers DeiTForImageClassification, DeiTForImageClassificationWithTeacher"
-    classes = (transformers.DeiTForImageClassification, transformers.DeiTForImageClassificationWithTeacher)
-    prefix_tokens = 2
-
-    def classifiers(self, model):
-        return ["classifier"] if hasattr(model, "classifier") else ["cls_classifier", "distillation_classifier"]
-
-    def finish(self, model, state):
-        if hasattr(model, "classifier"):
-            return super().finish(model, state)
-        x = self.body(model).layernorm(state)
-        return (model.cls_classifier(x[:, 0]) + model.distillation_classifier(x[:, 1])) / 2
-
-
-@register_family
-class TransformersDinov2(_TransformersFamily):
-    name = "transformers Dinov2ForImageClassification"
-    classes = (transformers.Dinov2ForImageClassification,)
-    layers = "encoder.layer"
-
-    def finish(self, model, state):
-        x = self.body(model).layernorm(state)
-        return model.classifier(torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=1))
-
-
-@register_family
-class TransformersBeit(_TransformersFamily):
-    name = "transformers BeitForImageClassification"
-    classes = (transformers.BeitForImageClassification,)
-
-    def begin(self, model, x):
-        if tuple(x.shape[2:]) != self._resolution(model):
-            raise ValueError(
-                f"this BEiT computes relative positions for images of {self._resolution(model)}, "
-                f"got {tuple(x.shape[2:])}."
-            )
-        return super().begin(model, x)
-
-    @staticmethod
-    def _resolution(model: nn.Module) -> tuple[int, int]:
-        size = model.config.image_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    def run(self, model, index, state):
-        body, mask, resolution = self.body(model), None, self._resolution(model)
-        if body.shared_position_bias is not None:
-            window = tuple(side // model.config.patch_size for side in resolution)
-            mask = body.shared_position_bias(window, interpolate_pos_encoding=False, dim_size=state.shape[1])
-        return body.layers[index](state, attention_mask=mask, resolution=resolution)
-
-    def finish(self, model, state):
-        body = self.body(model)
-        return model.classifier(body.pooler(body.layernorm(state)))
+from .families import Family, find_family
+from .folders import load_merged, save_merged
+
+__all__ = ["DynOutput", "EarlyHead", "ExitHeads", "ExitModel", "MultiExitBackbone"]
+
+# Methods of a backbone that mean the same for the model with exits. Every other one would act on the backbone alone
+# (write it, count it, give it other classes, cut blocks off) and silently leave the early heads out.
+_SHARED_METHODS = {
+    *("forward_features", "forward_head", "forward_intermediates", "get_classifier", "get_intermediate_layers"),
+    *("get_input_embeddings", "get_output_embeddings", "tie_weights", "floating_point_ops", "can_generate"),
+    *("enable_input_require_grads", "disable_input_require_grads", "set_attn_implementation", "set_input_size"),
+}
 
 
 class EarlyHead(nn.Module):
@@ -364,6 +36,7 @@ class EarlyHead(nn.Module):
 
     def __init__(self, width: int, num_classes: int, hidden: int = 0) -> None:
         super().__init__()
+        self.width, self.hidden = width, hidden
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU()) if hidden else nn.Identity()
         self.fc = nn.Linear(hidden or width, num_classes)
@@ -376,6 +49,40 @@ class EarlyHead(nn.Module):
         return self.fc(self.mlp(self.norm(x.to(self.norm.weight.dtype))))
 
 
+class ExitHeads(nn.ModuleDict, AuxiliaryTrainingWrapper):
+    """Early heads by adapter name, (K - 1) of them each.
+
+    PEFT asks modules of this kind what of them belongs to an adapter, so that ``peft.get_peft_model_state_dict`` and
+    ``set_peft_model_state_dict`` carry the early heads, under ``exit_heads.``, as they carry ``modules_to_save``.
+    """
+
+    __getattr__ = nn.Module.__getattr__  # the wrapper's looks for a wrapped module, of which there is none
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self._apart = False
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the state dict of this module, the entries of the adapter, without its name."""
+        prefix = f"{adapter_name}."
+        return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Of every entry of the adapter, its name in a file and its name in this module."""
+        if self._apart or adapter_name not in self:
+            return {}
+        return {key: f"{adapter_name}.{key}" for key in self[adapter_name].state_dict()}
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within the block PEFT loads an adapter whose early heads stand in a file of their own."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
+
 @dataclass
 class DynOutput(ModelOutput):
     """What a dynamic model returns to trainers of the transformers kind.
@@ -383,7 +90,8 @@ class DynOutput(ModelOutput):
     Attributes:
         loss: scalar, if labels were given.
         logits: (B, C) of the last exit.
-        exit_logits: (B, K, C) of all exits, shallow to deep.
+        exit_logits: (B, K, C) of all exits, shallow to deep. In evaluation it is an attribute but no item, unless the
+            model's ``predict_exits`` is set: trainers collect the items, and users' metrics expect one array of logits.
     """
 
     loss: Tensor | None = None
@@ -400,6 +108,7 @@ class ExitModel(MultiExit):
 
     accepts_loss_kwargs = False  # transformers' Trainer would otherwise not divide the loss under accumulation
     main_input_name = "pixel_values"
+    predict_exits = False  # whether trainers collect the logits of all exits in evaluation, see DynOutput
 
     backbone: nn.Module
     early_heads: Sequence[nn.Module]
@@ -460,15 +169,97 @@ class ExitModel(MultiExit):
         if pixel_values is None and labels is None:
             return outputs if self.training else outputs[-1]
         loss = None if labels is None else self.loss(outputs, labels)
-        return DynOutput(
-            loss=loss, logits=outputs[-1], exit_logits=torch.stack([z.to(outputs[-1]) for z in outputs], 1)
+        exit_logits = torch.stack([z.to(outputs[-1]) for z in outputs], 1)
+        if self.training or self.predict_exits:
+            return DynOutput(loss=loss, logits=outputs[-1], exit_logits=exit_logits)
+        output = DynOutput(loss=loss, logits=outputs[-1])
+        object.__setattr__(output, "exit_logits", exit_logits)  # past ModelOutput's, which would make it an item
+        return output
+
+    # What the hosts' trainers ask of a model, answered for backbone and early heads together
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Trade computation for memory in the backbone's blocks, as transformers' ``TrainingArguments`` ask for it.
+
+        Early heads are small and are always kept. timm's models take no settings; transformers' take theirs.
+        """
+        backbone = self.backbone
+        if hasattr(backbone, "set_grad_checkpointing"):
+            default = {"use_reentrant": False, "every_n_layers": 1, "offload": False}
+            given = default | (activation_checkpointing_kwargs or {}) | kwargs
+            asked = {name: value for name, value in given.items() if name not in default or value != default[name]}
+            if asked:
+                raise ValueError(
+                    f"a timm backbone checkpoints every block, without reentrance, and takes no settings; got {asked}."
+                )
+            backbone.set_grad_checkpointing(True)
+        elif hasattr(backbone, "activation_checkpointing_enable"):
+            backbone.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
+            )
+        else:  # older versions of transformers
+            backbone.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
+            )
+
+    def activation_checkpointing_disable(self) -> None:
+        """Undo ``activation_checkpointing_enable``."""
+        backbone = self.backbone
+        if hasattr(backbone, "set_grad_checkpointing"):
+            backbone.set_grad_checkpointing(False)
+        elif hasattr(backbone, "activation_checkpointing_disable"):
+            backbone.activation_checkpointing_disable()
+        else:
+            backbone.gradient_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """``activation_checkpointing_enable`` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """``activation_checkpointing_disable`` by its older name."""
+        self.activation_checkpointing_disable()
+
+    def num_parameters(self, only_trainable: bool = False, **kwargs: Any) -> int:
+        """Number of parameters, early heads included."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the backbone's parameters that timm leaves without weight decay, as they are called here."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        place = next(name for name, module in self.named_modules() if module is self.backbone)
+        return {f"{place}.{name}" for name in names}
+
+    def _of_backbone(self, name: str) -> Any:
+        """An attribute of the backbone, unless it is a method that would leave the exits out."""
+        value = getattr(self.backbone, name)
+        if name.startswith("_") or name in _SHARED_METHODS or not inspect.ismethod(value):
+            return value
+        raise AttributeError(
+            f"{name}() is a method of the backbone, a {type(self.backbone).__name__}, and knows nothing of the exits: "
+            f"{_INSTEAD.get(name, 'early heads would be left out')}. Where the backbone alone is meant, call "
+            f"model.backbone.{name}()."
         )
 
 
-class MultiExitBackbone(ExitModel, nn.Module):
+# What to do in place of a method of the backbone.
+_INSTEAD = {
+    "reset_classifier": "it would change the last exit's classes alone; create the backbone with the task's classes",
+    "prune_intermediate_layers": "it would take away blocks that exits stand behind",
+    "group_matcher": "its patterns are for the backbone's names",
+    "get_memory_footprint": "early heads would not be counted; num_parameters() counts them",
+}
+
+
+class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
     """A backbone and its early heads as one plain multi-exit module, without any adapter of its own.
 
-    What it does not have itself, it is asked of the backbone, as PEFT's wrappers do.
+    Attributes it does not have itself are the backbone's, as in PEFT's wrappers; methods only where they mean the same
+    with exits.
     """
 
     def __init__(self, backbone: nn.Module, early_heads: nn.ModuleList, exit_after: Sequence[int], token: str) -> None:
@@ -485,4 +276,45 @@ class MultiExitBackbone(ExitModel, nn.Module):
         except AttributeError:
             if name == "backbone":
                 raise
-            return getattr(super().__getattr__("backbone"), name)
+            return self._of_backbone(name)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Write backbone, exits and early heads into a folder, whole or not at all; ``from_pretrained`` reads it.
+
+        The backbone's own files are its host's: ``AutoModelForImageClassification.from_pretrained(folder)`` or
+        ``timm.create_model("local-dir:FOLDER", pretrained=True)`` give the model of the last exit, without the others.
+
+        Raises:
+            ValueError: there are adapters in the backbone, which ``merge_and_unload`` of the adapted model folds in.
+        """
+        if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in self.modules()):
+            raise ValueError(
+                "there are adapters in this model: save the DynPeftModel it comes from, or fold them in by its "
+                "merge_and_unload() and save what that returns."
+            )
+        if is_main_process:
+            save_merged(self, save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, model_id: str | os.PathLike, model: nn.Module | None = None, **hub: Any
+    ) -> "MultiExitBackbone":
+        """Read what ``save_pretrained`` wrote, from a folder or the Hugging Face hub; in evaluation mode.
+
+        Args:
+            model_id: folder, or name on the hub.
+            model: backbone to fill, of the saved one's class and classes. Left out: made anew as its host describes it
+                in the folder.
+            hub: ``subfolder``, ``revision``, ``cache_dir``, ``token``.
+
+        Raises:
+            ValueError: the folder holds no such model, or it does not fit ``model``; what is missing is named.
+        """
+        backbone, record, heads = load_merged(model_id, model, **hub)
+        early = nn.ModuleList(
+            EarlyHead(width, record["num_classes"], hidden)
+            for width, hidden in zip(record["widths"], record["hidden_widths"], strict=True)
+        )
+        merged = cls(backbone, early, record["exit_after"], record["token"])
+        early.to(next(backbone.parameters()).device, next(iter(heads.values())).dtype).load_state_dict(heads)
+        return merged.eval()

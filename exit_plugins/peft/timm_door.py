@@ -33,7 +33,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from .bottleneck import BottleneckConfig
-from .dyn import CONFIG_NAME, DynConfig, DynPeftModel, get_dyn_peft_model
+from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
+from .folders import CONFIG_NAME
 from .multi_exit import MultiExitBackbone
 from .repadapter import RepAdapterConfig
 

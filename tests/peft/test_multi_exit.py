@@ -20,7 +20,8 @@ from exit_plugins import (
 )
 from exit_plugins.exits.evaluation import cka
 from exit_plugins.exits.protocol import select_samples
-from exit_plugins.peft.multi_exit import EarlyHead, find_family
+from exit_plugins.peft.families import find_family
+from exit_plugins.peft.multi_exit import EarlyHead
 
 
 @pytest.fixture

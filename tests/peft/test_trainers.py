@@ -61,7 +61,7 @@ def arguments(folder, **kwargs):
 
 
 def trainer(model, args, **kwargs):
-    return Trainer(model, args, train_dataset=Blobs(), callbacks=[DynTrainerCallback()], **kwargs)
+    return Trainer(model, args, train_dataset=Blobs(), callbacks=[DynTrainerCallback(predict_exits=True)], **kwargs)
 
 
 def trainable(model):
@@ -168,6 +168,64 @@ def test_callback_wants_a_dynamic_model(tmp_path):
         Trainer(
             make_backbone("hf_vit"), arguments(tmp_path), train_dataset=Blobs(), callbacks=[DynTrainerCallback()]
         ).train()
+
+
+def test_without_the_callback_it_is_said_and_usual_metrics_work(tmp_path):
+    def accuracy(prediction):
+        logits, labels = prediction
+        return {"accuracy": float((np.argmax(logits, axis=-1) == labels).mean())}
+
+    model = make()
+    run = Trainer(model, arguments(tmp_path), train_dataset=Blobs(), eval_dataset=Blobs(), compute_metrics=accuracy)
+    with pytest.warns(UserWarning, match=r"\[0.1, 0.1, 1.0, 1.0\], and no entry.*DynTrainerCallback") as caught:
+        run.train()
+    assert sum("DynTrainerCallback" in str(warning.message) for warning in caught) == 1
+    expected = (model.eval()(Blobs().images).argmax(-1) == Blobs().labels).float().mean()
+    assert run.evaluate()["eval_accuracy"] == pytest.approx(float(expected))
+    assert run.predict(Blobs()).predictions.shape == (48, 5)
+    assert model(pixel_values=Blobs().images).exit_logits.shape == (48, 4, 5)
+    run.compute_metrics = compute_exit_metrics
+    with pytest.warns(UserWarning, match="predict_exits"):
+        assert run.evaluate()["eval_accuracy"] == pytest.approx(float(expected))
+
+
+def test_with_the_callback_nothing_is_warned_of(tmp_path, recwarn):
+    trainer(make(), arguments(tmp_path, num_train_epochs=1)).train()
+    assert not any("leads it" in str(warning.message) for warning in recwarn)
+
+
+def test_an_adapter_of_another_name_has_no_best_model(tmp_path):
+    torch.manual_seed(1)
+    model = get_dyn_peft_model(
+        make_backbone("vit"), RepAdapterConfig(target_modules=["qkv"]), DynConfig(), adapter_name="task"
+    )
+    args = arguments(tmp_path, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True)
+    with pytest.raises(ValueError, match="called default, and this one is called 'task'"):
+        trainer(model, args, eval_dataset=Blobs())
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit"])
+def test_gradient_checkpointing_by_training_arguments(name, tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        model = make(name, dropout_shallow=0.0, dropout_deep=0.0)
+        args = arguments(tmp_path, num_train_epochs=1, gradient_checkpointing=checkpointing)
+        calls = []
+        unit = model.backbone.get_submodule(model.family.units(model.backbone)[0])
+        norm = next(module for module in unit.modules() if isinstance(module, torch.nn.LayerNorm))
+        norm.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        trainer(model, args).train()
+        results.append((trainable(model), len(calls)))
+    (plain, once), (thrifty, twice) = results
+    assert twice == 2 * once  # every block ran again in the backward pass
+    for key, value in plain.items():
+        torch.testing.assert_close(thrifty[key], value, atol=1e-6, rtol=1e-5)
+    model.gradient_checkpointing_disable()
+    model.train()(Blobs().images[:4])[-1].sum().backward()
+    assert len(calls) == twice + 1
+    if name == "vit":
+        with pytest.raises(ValueError, match="takes no settings.*use_reentrant"):
+            model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
 def test_ten_lines_of_plain_pytorch():
