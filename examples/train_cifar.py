@@ -7,8 +7,9 @@ The defaults are the usual recipe of this family: AdamW, 300 epochs, warm-up 20,
 random erasing, label smoothing, moving average. On a GPU it trains in bfloat16 and compiled. A checkpoint is written
 after every epoch: the same command again goes on where the last one stopped, and ``--minutes`` stops it in time.
 
-Writes to --output: checkpoint.pt, history.json (loss and every exit's accuracy by epoch), curves.json and curves.png
-(anytime and budgeted accuracy over MACs, thresholds solved on held-out training images), and model/, which
+Writes to --output: checkpoint.pt, history.json (loss and every exit's accuracy by epoch), test.npz (what every exit said
+of every test image), curves.json and curves.png (anytime and budgeted accuracy over MACs, thresholds solved on held-out
+training images; ``--calibration 0`` trains on all of them and leaves the budgeted curve out), and model/, which
 ``timm.create_model("local-dir:OUTPUT/model", pretrained=True)`` loads. ``--against OTHER/curves.json`` draws other runs
 into the picture.
 """
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="an image folder, or a timm dataset (torch/cifar100)")
     parser.add_argument("--data-dir", help="where a timm dataset lies")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the dataset")
-    parser.add_argument("--calibration", type=float, default=0.1, help="share of the training images held out")
+    parser.add_argument("--calibration", type=float, default=0.1, help="share of the training images held out, 0 for none")
     parser.add_argument("--samples", type=int, help="train on this many images, drawn at random")
     parser.add_argument("--model", default="chase_cifar", choices=list_models(), metavar="MODEL")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE")
@@ -251,9 +252,12 @@ def write_curves(args: argparse.Namespace, run: Run, calibration: Batches, test:
     """Anytime and budgeted curve of the trained model, as JSON and picture."""
     model = run.best_weights
     costs = exit_costs(model, (model.in_chans, size, size))
-    held_out, tested = (collect_exits(model, batches) for batches in (calibration, test))
+    tested = collect_exits(model, test, keep_logits=True)
+    tested.save(args.output / "test.npz")
     anytime = anytime_curve(tested, costs.macs)
-    budgeted = budgeted_curve(held_out, tested, costs.macs, args.budgets)
+    budgeted = []
+    if args.calibration:
+        budgeted = budgeted_curve(collect_exits(model, calibration), tested, costs.macs, args.budgets)
     result = {
         "name": args.output.name,
         "options": stored_options(args),
@@ -263,7 +267,7 @@ def write_curves(args: argparse.Namespace, run: Run, calibration: Batches, test:
         "history": run.history,
     }
     write_json(args.output / "curves.json", result)
-    curves = {args.output.name: budgeted}
+    curves = {args.output.name: budgeted} if budgeted else {}
     for path in args.against:
         other = json.loads(path.read_text())
         curves[other["name"]] = [SimpleNamespace(**point) for point in other["budgeted"]]
@@ -301,17 +305,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     args.output.mkdir(parents=True, exist_ok=True)
     run.resume(options)
     while len(run.history) < args.epochs:
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         loss = run.train_epoch(batches)
-        seconds = time.monotonic() - began
-        accuracy = collect_exits(run.best_weights, calibration, progress=False).correct.mean(1)
-        run.history.append(
-            {"epoch": len(run.history) + 1, "loss": loss, "accuracy": accuracy.tolist(), "seconds": seconds}
-        )
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
+        record = {"epoch": len(run.history) + 1, "loss": loss, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        words = f"epoch {record['epoch']}/{args.epochs}: loss {loss:.3f}"
+        if args.calibration:
+            accuracy = collect_exits(run.best_weights, calibration, progress=False).correct.mean(1)
+            record["accuracy"] = accuracy.tolist()
+            words += f", held-out accuracy of every exit {' '.join(f'{100 * value:.1f}' for value in accuracy)} %"
+        run.history.append(record)
         run.save(options)
         write_json(args.output / "history.json", run.history)
-        exits = " ".join(f"{100 * value:.1f}" for value in accuracy)
-        print(f"epoch {len(run.history)}/{args.epochs}: loss {loss:.3f}, held-out accuracy of every exit {exits} %")
+        print(words, flush=True)
         if args.minutes and time.monotonic() - start > 60 * args.minutes and len(run.history) < args.epochs:
             print(f"stopped after {args.minutes:g} minutes; the same command goes on from here")
             return None
