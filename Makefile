@@ -6,16 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 DATA ?= digits
+# For the experiments: the folder with cifar100/, caltech101/, bccd/; which of them; how many side by side.
+EXPERIMENTS_DATA ?= datasets
+ONLY ?=
 JOBS ?= 2
 MMCV := onedl-mmcv==2.3.6
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all demo test test-hosts lint clean
+.PHONY: help install install-all demo test test-hosts experiments experiments-small lint clean
 
 help:
 	@echo "make demo        install what it needs, train a small early-exit model, draw its budget curve (DATA=folder for your images)"
 	@echo "make test        install everything, run the tests and the linters"
 	@echo "make test-hosts  run the hosts' own test files over every model of this package"
+	@echo "make experiments run what is missing of docs/results.md, going on where it stopped (EXPERIMENTS_DATA=folder ONLY=name)"
 	@echo "make install | install-all | lint | clean"
 
 install: $(VENV)/.installed
@@ -64,6 +68,11 @@ test: install-all .hosts/.fetched lint
 
 test-hosts: install-all .hosts/.fetched
 	$(BIN)/python tests/hosts/run.py --all
+
+# JOBS runs side by side, one thread each; the small form trains on a hundredth of the data, to see that all of it runs.
+experiments experiments-small: install-all
+	$(BIN)/python examples/experiments/run.py --data $(EXPERIMENTS_DATA) --jobs $(JOBS) --only $(ONLY) \
+		$(if $(findstring small,$@),--small)
 
 lint: install-all
 	$(BIN)/ruff check .

@@ -7,9 +7,9 @@ The defaults are the usual recipe of this family: AdamW, 300 epochs, warm-up 20,
 random erasing, label smoothing, moving average. On a GPU it trains in bfloat16 and compiled. A checkpoint is written
 after every epoch: the same command again goes on where the last one stopped, and ``--minutes`` stops it in time.
 
-Writes to --output: checkpoint.pt, history.json (loss and every exit's accuracy by epoch), test.npz (what every exit said
-of every test image), curves.json and curves.png (anytime and budgeted accuracy over MACs, thresholds solved on held-out
-training images; ``--calibration 0`` trains on all of them and leaves the budgeted curve out), and model/, which
+Writes to --output: checkpoint.pt, history.json (loss and every exit's accuracy by epoch), test.npz (what every exit
+said of every test image), curves.json and curves.png (anytime and budgeted accuracy over MACs, thresholds solved on
+held-out training images; ``--calibration 0`` trains on all and leaves the budgeted curve out), and model/, which
 ``timm.create_model("local-dir:OUTPUT/model", pretrained=True)`` loads. ``--against OTHER/curves.json`` draws other runs
 into the picture.
 """
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="an image folder, or a timm dataset (torch/cifar100)")
     parser.add_argument("--data-dir", help="where a timm dataset lies")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the dataset")
-    parser.add_argument("--calibration", type=float, default=0.1, help="share of the training images held out, 0 for none")
+    parser.add_argument("--calibration", type=float, default=0.1, help="share of the training images held out; 0: none")
     parser.add_argument("--samples", type=int, help="train on this many images, drawn at random")
     parser.add_argument("--model", default="chase_cifar", choices=list_models(), metavar="MODEL")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE")

@@ -1,0 +1,311 @@
+"""What the experiments share: runs and their JSON, training through examples/train_cifar.py, what is read off a run.
+
+An experiment tests one claim of a paper. It is one file here that defines ``EXPERIMENT``: its runs, and the section
+that it writes into docs/results.md from their JSON files. A run is one training with one seed.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+ROOT = EXAMPLES.parent
+for folder in (EXAMPLES, EXAMPLES / "benchmarks"):  # the examples are scripts, no package
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import train_cifar  # noqa: E402
+from timing import machine  # noqa: E402
+
+from exit_plugins import ExitTable, budgeted_curve  # noqa: E402
+from exit_plugins.exits import plots  # noqa: E402
+from exit_plugins.exits.files import atomic_write  # noqa: E402
+from exit_plugins.exits.risk import certify  # noqa: E402
+from exit_plugins.exits.thresholds import policy_path  # noqa: E402
+
+Result = dict[str, Any]
+Analysis = Callable[[ExitTable, np.ndarray], Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an invocation reads and writes.
+
+    Attributes:
+        data: folder with the data sets in their standard layouts: ``cifar100/{train,test}/CLASS/*``, ...
+        state: checkpoints and logs; may be large, is not committed.
+        results: one JSON file per finished run, ``EXPERIMENT/RUN.json``.
+        small: a hundredth of the data and few steps, to see that everything runs; the figures mean nothing.
+    """
+
+    data: Path
+    state: Path
+    results: Path
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run of ``train_cifar.py``: the model, its arguments and the script's options.
+
+    Attributes:
+        model: timm name.
+        options: the script's options by name, ``{"lr": 0.1, "compile": True}``.
+        model_kwargs: arguments of the model, written as on the command line.
+        data: name of the data set's folder.
+        analyses: what else to read off the test images: name -> function of (table with logits, MACs), into the JSON.
+    """
+
+    model: str
+    options: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    data: str = "cifar100"
+    analyses: Mapping[str, Analysis] = field(default_factory=dict)
+
+    def command(self, place: Place, output: Path, seed: int) -> list[str]:
+        options = {"calibration": 0, "seed": seed, "device": "cpu", **self.options}
+        if place.small:
+            options |= {"epochs": 1, "batch-size": 16, "warmup-epochs": 0, "compile": False}
+            options["samples"] = max(64, int(options.get("samples", 50_000)) // 100)
+        words = ["--data", str(place.data / self.data), "--output", str(output), "--model", self.model]
+        if self.model_kwargs:
+            words += ["--model-kwargs", *(f"{name}={value}" for name, value in self.model_kwargs.items())]
+        for name, value in options.items():
+            words += (
+                ([f"--{name}"] if value else [f"--no-{name}"]) if isinstance(value, bool) else [f"--{name}", str(value)]
+            )
+        return words
+
+    def __call__(self, place: Place, output: Path, seed: int) -> Result:
+        command = self.command(place, output, seed)
+        trained = train_cifar.main(command)
+        tested = ExitTable.load(output / "test.npz")
+        if place.small:
+            tested = tested.subset(slice(200))
+        macs = np.array(trained["costs"]["macs"])
+        settings = {**trained["options"], "data": self.data}  # by its name: where it lies is the machine's affair
+        history = trained["history"]
+        return {
+            "settings": settings,
+            "epochs": len(history),
+            "seconds": sum(entry["seconds"] for entry in history),
+            "cpu_seconds": sum(entry["cpu_seconds"] for entry in history),
+            "loss": [entry["loss"] for entry in history],
+            "test_images": len(tested),
+            "exits": [
+                {"macs": m, "params": p, "accuracy": float(a)}
+                for m, p, a in zip(macs, trained["costs"]["params"], tested.correct.mean(1), strict=True)
+            ],
+            **{name: analysis(tested, macs) for name, analysis in self.analyses.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant under one seed. ``work(place, folder, seed)`` trains it in ``folder``, going on where it stopped."""
+
+    variant: str
+    seed: int
+    work: Callable[[Place, Path, int], Result]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One claim.
+
+    Attributes:
+        name: of its file, its folder of results and its section.
+        title: heading of its section.
+        claim: what the paper says.
+        runs: in the order in which they are worth having.
+        section: Markdown from the results (those finished so far; at least one), pictures saved into the given folder.
+    """
+
+    name: str
+    title: str
+    claim: str
+    runs: Sequence[Run]
+    section: Callable[[list[Result], Path], str]
+
+    def result_file(self, place: Place, run: Run) -> Path:
+        return place.results / self.name / f"{run.name}.json"
+
+    def results(self, place: Place) -> list[Result]:
+        files = (self.result_file(place, run) for run in self.runs)
+        return [json.loads(path.read_text()) for path in files if path.is_file()]
+
+    def execute(self, place: Place, run: Run) -> None:
+        """Train (or go on training) one run, and write its JSON."""
+        commit = git_commit()
+        result = run.work(place, place.state / self.name / run.name, run.seed)
+        path = self.result_file(place, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {"experiment": self.name, "variant": run.variant, "seed": run.seed, "small": place.small}
+        with atomic_write(path) as file:
+            json.dump({**head, "commit": commit, "machine": machine(), **result}, file, indent=1)
+            file.write("\n")
+
+
+def git_commit() -> str | None:
+    """The commit the code is of, with ``+`` behind it where files were changed since; None without git."""
+    try:
+        said = [
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0] + "+" * bool(said[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read off the test images of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def budgets(measure: str = "max_softmax", points: int = 9, resplits: int = 5) -> Analysis:
+    """Analysis: accuracy at ``points`` budgets from the first exit's cost to the last one's.
+
+    The runs train on all training images, so thresholds are solved on one random half of the test images and scored on
+    the other, over ``resplits`` seeded halvings; means are stored.
+    """
+
+    def analysis(tested: ExitTable, macs: np.ndarray) -> list[dict[str, float]]:
+        tested = tested.with_confidence(measure)
+        asked = np.linspace(macs[0], macs[-1], points)
+        curves = [budgeted_curve(*tested.split(0.5, seed), macs, asked) for seed in range(resplits)]
+        return [
+            {
+                "budget": float(budget),
+                "cost": statistics.fmean(point.cost for point in found),
+                "accuracy": statistics.fmean(point.accuracy for point in found),
+            }
+            for budget, found in zip(asked, zip(*curves, strict=True), strict=True)
+        ]
+
+    return analysis
+
+
+def certified(epsilon: float = 0.01, delta: float = 0.1, resplits: int = 200) -> Analysis:
+    """Analysis: policies certified to differ from the last exit on at most ``epsilon`` of the images, put to the test.
+
+    Each resplit solves a path on a quarter of the test images, certifies on another, and counts on the other half how
+    often the answers really differ and what was spent. Stored per method: how often more than ``epsilon`` differed
+    (``delta`` is what the certificate allows), the mean of what differed, and the mean cost.
+    """
+
+    def analysis(tested: ExitTable, macs: np.ndarray) -> dict[str, Any]:
+        found: dict[str, list[tuple[float, float]]] = {"ucb": [], "ltt": []}
+        for seed in range(resplits):
+            fitted, measured = tested.split(0.5, seed)
+            solved, calibration = fitted.split(0.5, seed)
+            path = policy_path(solved, macs, steps=17)
+            for method, values in found.items():
+                policy = certify(path, calibration, epsilon, delta, method, seed=seed)
+                leaves = policy.choose(measured.confidence)
+                answers = measured.prediction[leaves, np.arange(len(measured))]
+                values.append((float((answers != measured.prediction[-1]).mean()), float(macs[leaves].mean())))
+        summary = {"epsilon": epsilon, "delta": delta, "resplits": resplits}
+        for method, values in found.items():
+            differs, cost = np.array(values).T
+            summary[method] = {
+                "exceeded": float((differs > epsilon).mean()),
+                "disagreement": float(differs.mean()),
+                "cost": float(cost.mean()),
+                "speed_up": float(macs[-1] / cost.mean()),
+            }
+        return summary
+
+    return analysis
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each variant, by seed, in the order of the experiment."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["variant"], []).append(result)
+    return {variant: sorted(group, key=lambda result: result["seed"]) for variant, group in found.items()}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; None in place of the error for a single value."""
+    values = list(values)
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def paired(
+    first: Sequence[Result], second: Sequence[Result], exit_index: int = -1
+) -> tuple[float, float | None] | None:
+    """Mean and standard error of accuracy(first) - accuracy(second) at an exit, over the seeds that both have."""
+    of = [{r["seed"]: r["exits"][exit_index]["accuracy"] for r in group} for group in (first, second)]
+    seeds = sorted(of[0].keys() & of[1].keys())
+    return mean_and_error([of[0][seed] - of[1][seed] for seed in seeds]) if seeds else None
+
+
+def percent(mean: float, error: float | None = None, sign: bool = False) -> str:
+    """A share in percent, with its standard error where there is one."""
+    text = f"{100 * mean:+.1f}" if sign else f"{100 * mean:.1f}"
+    return text if error is None else f"{text} ± {100 * error:.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def exits_table(results: Sequence[Result], names: Mapping[str, str] | None = None) -> str:
+    """Accuracy of every exit of every variant, and its MACs."""
+    groups = by_variant(results)
+    most = max(len(group[0]["exits"]) for group in groups.values())
+    rows = []
+    for variant, group in groups.items():
+        exits = list(zip(*(result["exits"] for result in group), strict=True))
+        cells = [percent(*mean_and_error([e["accuracy"] for e in seeds])) for seeds in exits]
+        macs = " ".join(f"{seeds[0]['macs'] / 1e6:.1f}" for seeds in exits)
+        # A network with fewer exits ends where the others end: its figures stand at the right.
+        cells = [""] * (most - len(cells)) + cells
+        rows.append([(names or {}).get(variant, variant), *cells, macs, len(group)])
+    header = ["", *(f"exit {i + 1}" for i in range(most)), "MACs (M)", "seeds"]
+    return table(header, rows)
+
+
+def draw_budgets(groups: Mapping[str, Sequence[Result]], path: Path, names: Mapping[str, str] | None = None) -> None:
+    """Accuracy over mean MACs of the first seed of every variant, and its exits as stars."""
+    curves = {
+        (names or {}).get(variant, variant): [
+            SimpleNamespace(**point, interval=(point["accuracy"],) * 2) for point in group[0]["budgeted"]
+        ]
+        for variant, group in groups.items()
+    }
+    figure = plots.budget_curve(curves)
+    axes = figure.axes[0]
+    divisor, _ = plots.si_unit(max(point.cost for points in curves.values() for point in points))
+    for line, group in zip(axes.lines, groups.values(), strict=True):
+        exits = group[0]["exits"]
+        x, y = [e["macs"] / divisor for e in exits], [100 * e["accuracy"] for e in exits]
+        axes.plot(x, y, linestyle="", marker="*", markersize=11, color=line.get_color())
+    plots.save(figure, path)
+
+
+def verdict(state: bool | None, sentence: str) -> str:
+    """The line a section ends on. ``state``: True shown, False against, None not shown (undecided)."""
+    word = {True: "Shown", False: "Against", None: "Not shown"}[state]
+    return f"**{word}.** {sentence}\n"

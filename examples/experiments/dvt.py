@@ -1,0 +1,116 @@
+"""DVT, table 6: does a later transformer gain from the features and the relations of the one before? And table 9."""
+
+from pathlib import Path
+
+import numpy as np
+from base import (
+    Experiment,
+    Result,
+    Run,
+    Training,
+    budgets,
+    by_variant,
+    draw_budgets,
+    exits_table,
+    mean_and_error,
+    paired,
+    percent,
+    table,
+    verdict,
+)
+
+from exit_plugins import ExitTable
+
+# The paper's DVT at the size of CIFAR: three transformers of 9, 16 and 36 tokens, images enlarged to 64 px. The first
+# layers are plain patches: T2T's unfolding costs more than the rest at this size.
+MODEL = {"tokens": "patch", "token_grids": "(3,4,6)"}
+OPTIONS = {
+    "exit-loss": "dvt",
+    "epochs": 8,
+    "batch-size": 128,
+    "opt": "adamw",
+    "lr": 1e-3,
+    "weight-decay": 0.05,
+    "warmup-epochs": 1,
+    "mixup": 0,
+    "cutmix": 0,
+    "smoothing": 0,
+    "randaug": 0,
+    "reprob": 0,
+    "ema-decay": 0,
+}
+VARIANTS = {
+    "both": {},
+    "none": {"relation_reuse": False, "feature_reuse": False},
+    "features": {"relation_reuse": False},
+    "relations": {"feature_reuse": False},
+}
+NAMES = {"none": "no reuse", "features": "features", "relations": "relations", "both": "both (DVT)"}
+
+
+def random_shares(tested: ExitTable, macs: np.ndarray) -> list[dict[str, float]]:
+    """Table 9's baseline: images leave at random, as many at every exit; at three exits one point."""
+    return [{"cost": float(macs.mean()), "accuracy": float(tested.correct.mean())}]
+
+
+ANALYSES = {
+    "budgeted": budgets(),
+    "budgeted_entropy": budgets("entropy"),
+    "budgeted_margin": budgets("margin"),
+    "random": random_shares,
+}
+
+
+def section(results: list[Result], pictures: Path) -> str:
+    groups = by_variant(results)
+    text = [exits_table(results, NAMES)]
+    gains = {}
+    for variant in ("features", "relations", "both"):
+        if variant in groups and "none" in groups:
+            gains[variant] = [paired(groups[variant], groups["none"], i) for i in range(3)]
+    if gains:
+        rows = [[NAMES[v], *(percent(*g, sign=True) for g in per_exit)] for v, per_exit in gains.items()]
+        text.append(
+            "Against no reuse, paired by seed, in points:\n\n" + table(["", "exit 1", "exit 2", "exit 3"], rows)
+        )
+    if "both" in groups:
+        text.append(criterion(groups["both"]))
+    if "both" in gains:
+        later = gains["both"][1:]
+        shown = all(gain > 2 * (error or 0) and gain > 0 for gain, error in later)
+        against = all(gain < 0 for gain, _ in later)
+        figures = " and ".join(percent(*gain, sign=True) for gain in later)
+        sentence = f"With both kinds of reuse exits 2 and 3 are {figures} points from no reuse. The first exit has "
+        sentence += "nothing to reuse, and reuse costs MACs: the table says how many."
+        text.append(verdict(True if shown else False if against else None, sentence))
+    draw_budgets(groups, pictures / "budgeted.png", NAMES)
+    text.append("![Accuracy over mean MACs of the four variants, seed 0](results/dvt/budgeted.png)\n")
+    return "\n".join(text)
+
+
+def criterion(group: list[Result]) -> str:
+    """Table 9: which measure of confidence decides."""
+    asked = [2, 4, 6]  # of nine budgets: a quarter, half and three quarters of the range
+    rows = []
+    for name, key in (("max softmax", "budgeted"), ("entropy", "budgeted_entropy"), ("margin", "budgeted_margin")):
+        rows.append(
+            [name, *(percent(*mean_and_error([result[key][i]["accuracy"] for result in group])) for i in asked)]
+        )
+    chance = percent(*mean_and_error([result["random"][0]["accuracy"] for result in group]))
+    cost = group[0]["random"][0]["cost"] / 1e6
+    header = ["leave by (table 9)", *(f"{group[0]['budgeted'][i]['budget'] / 1e6:.1f}M" for i in asked)]
+    return table(header, rows) + f"\nAt random with equal shares: {chance} % at {cost:.1f}M.\n"
+
+
+EXPERIMENT = Experiment(
+    name="dvt",
+    title="DVT: reusing features and relations",
+    claim="A later transformer that reuses the features and the attention logits of the one before is more accurate "
+    "than one that starts anew (DVT, table 6); confidence decides better than entropy and chance (table 9).",
+    runs=[
+        Run(variant, seed, Training("dvt_test", OPTIONS, {**MODEL, **kwargs}, analyses=ANALYSES))
+        for seed in range(3)
+        for variant, kwargs in VARIANTS.items()
+    ],
+    section=section,
+)

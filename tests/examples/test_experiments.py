@@ -1,0 +1,86 @@
+"""The queue of experiments on a made-up data set: what it runs, resumes, writes and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "experiments"
+sys.path.insert(0, str(FOLDER))
+
+import base  # noqa: E402
+import run as queue  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Ten colours under noise in the layout of CIFAR-100."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("datasets")
+    for split, count in (("train", 60), ("test", 6)):
+        for number in range(10):
+            folder = root / "cifar100" / split / f"colour{number}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal((25 * number, 128, 250 - 25 * number), 30, (32, 32, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def test_trains_writes_reports_and_runs_nothing_twice(data, tmp_path):
+    command = [
+        sys.executable,
+        str(FOLDER / "run.py"),
+        "--small",
+        "--data",
+        str(data),
+        "--state",
+        str(tmp_path),
+        "--nice",
+        "0",
+    ]
+    done = subprocess.run([*command, "--only", "dvt/both-s0", "dvt/none-s0"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(p.read_text() for p in tmp_path.rglob("*.log"))
+    file = tmp_path / "results" / "dvt" / "both-s0.json"
+    result = json.loads(file.read_text())
+    assert (result["experiment"], result["variant"], result["seed"], result["small"]) == ("dvt", "both", 0, True)
+    assert result["settings"]["data"] == "cifar100" and result["epochs"] == 1 and result["machine"]["threads"] == 1
+    assert [e["macs"] for e in result["exits"]] == sorted(e["macs"] for e in result["exits"])
+    page = (tmp_path / "results" / "results.md").read_text()
+    assert "both (DVT)" in page and f"{100 * result['exits'][0]['accuracy']:.1f}" in page
+    assert "multiscale" in page.split("Not run yet")[1]
+    assert (tmp_path / "results" / "dvt" / "budgeted.png").is_file()
+
+    before = file.stat().st_mtime_ns
+    again = subprocess.run([*command, "--only", "dvt/both-s0"], capture_output=True, text=True)
+    assert again.returncode == 0 and "started" not in again.stdout and file.stat().st_mtime_ns == before
+
+
+def test_a_run_is_locked_by_whoever_trains_it(tmp_path):
+    with queue.locked(tmp_path / "a.lock") as first, queue.locked(tmp_path / "a.lock") as second:
+        assert first and not second
+    with queue.locked(tmp_path / "a.lock") as third:
+        assert third
+
+
+def test_every_experiment_says_its_runs_by_distinct_names():
+    for experiment, runs in queue.load_experiments():
+        names = [run.name for run in runs]
+        assert len(set(names)) == len(names) and experiment.claim and experiment.title
+    with pytest.raises(SystemExit, match="no experiment or run nothing"):
+        queue.load_experiments(["nothing"])
+
+
+def test_differences_are_paired_by_seed():
+    def result(variant, seed, accuracy):
+        return {"variant": variant, "seed": seed, "exits": [{"accuracy": accuracy}]}
+
+    first = [result("a", 0, 0.5), result("a", 1, 0.7), result("a", 2, 0.1)]
+    second = [result("b", 1, 0.6), result("b", 0, 0.3)]
+    mean, error = base.paired(first, second)
+    assert mean == pytest.approx(0.15) and error == pytest.approx(0.05)
+    assert base.paired(first, [result("b", 7, 0.3)]) is None
