@@ -55,12 +55,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="train on this many images, drawn at random")
     parser.add_argument("--model", default="chase_cifar", choices=list_models(), metavar="MODEL")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE")
+    parser.add_argument("--input-size", type=int, help="images are scaled to this many pixels (default: the model's)")
     parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="default: the model's own")
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--opt", default="adamw")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--layer-decay", type=float, help="of the learning rate towards the input, for trained weights")
     parser.add_argument("--warmup-epochs", type=float, default=20)
     parser.add_argument("--clip-grad", type=float, default=5.0)
     parser.add_argument("--drop-path", type=float, default=0.0)
@@ -140,9 +142,10 @@ class Batches:
             yield images, target
 
     @staticmethod
-    def _move(images: Tensor, by: int = 4) -> Tensor:
-        """Mirror half of the images and shift each by up to ``by`` pixels, black coming in at the edge."""
+    def _move(images: Tensor) -> Tensor:
+        """Mirror half of the images and shift each by up to an eighth of its width, black coming in at the edge."""
         count, _, height, width = images.shape
+        by = width // 8
         device = images.device
         mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
         images = nn.functional.pad(torch.where(mirrored, images.flip(-1), images), (by,) * 4)
@@ -166,7 +169,9 @@ class Run:
         self.model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU too
         self.trained = torch.compile(self.model) if args.compile else self.model
         self.loss = MultiExitLoss.for_model(self.model, args.exit_loss, label_smoothing=args.smoothing)
-        self.optimizer = create_optimizer_v2(self.model, args.opt, lr=args.lr, weight_decay=args.weight_decay)
+        self.optimizer = create_optimizer_v2(
+            self.model, args.opt, lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay
+        )
         self.steps_per_epoch = steps_per_epoch
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -286,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     if args.download:
         open_dataset(args.data, "train", args.data_dir, download=True)
     data = open_splits(args.data, args.data_dir, seed=args.seed, calibration=args.calibration)
-    size = timm.models.get_pretrained_cfg_value(args.model, "input_size")[-1]
+    size = args.input_size or timm.models.get_pretrained_cfg_value(args.model, "input_size")[-1]
     training = data.train
     if args.samples is not None:
         if not 0 < args.samples <= len(training):
