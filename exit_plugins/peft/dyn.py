@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 
 from ..exits import MultiExitLoss
 from ..exits.files import atomic_folder
+from .card import update_card
 from .dyn_config import DynConfig
 from .families import Family, find_family
 from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, write_exits
 from .multi_exit import EarlyHead, ExitHeads, ExitModel, MultiExitBackbone
+from .precision import check_mergeable, halve_saved, single_saved
 from .schedule import GradientMask, exit_weights, set_dropout
 
 __all__ = ["DynConfig", "DynPeftModel", "get_dyn_peft_model"]
@@ -56,6 +58,7 @@ class DynPeftModel(ExitModel, PeftModel):
         peft_config: PeftConfig,
         adapter_name: str = "default",
         dyn_config: DynConfig | None = None,
+        autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> None:
         dyn_config = dyn_config or DynConfig()
@@ -65,7 +68,7 @@ class DynPeftModel(ExitModel, PeftModel):
         family.prepare(model)
         _save_classifiers(peft_config, family.classifiers(model))
         try:
-            super().__init__(model, peft_config, adapter_name, **kwargs)
+            super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, **kwargs)
         except NoMatchingPeftModuleError as error:
             unit = family.units(model)[0]
             names = [n for n, m in model.get_submodule(unit).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -83,7 +86,7 @@ class DynPeftModel(ExitModel, PeftModel):
         self.progress = 0.0
         # Whether somebody sets the progress, has attached the mask; steps seen while one of them is missing.
         self._led, self._masked, self._steps_seen = False, False, 0
-        self._add_exits(adapter_name, dyn_config, exit_after)
+        self._add_exits(adapter_name, dyn_config, exit_after, autocast_adapter_dtype)
         self._weigh_exits()
 
     # The exits of the active adapter
@@ -111,7 +114,7 @@ class DynPeftModel(ExitModel, PeftModel):
     def token(self) -> str:
         return self.dyn_config[self._active].token or ("cls" if self.family.has_class_token(self.backbone) else "mean")
 
-    def _add_exits(self, adapter_name: str, config: DynConfig, exit_after: tuple[int, ...]) -> None:
+    def _add_exits(self, adapter_name: str, config: DynConfig, exit_after: tuple[int, ...], single: bool) -> None:
         family, backbone = self.family, self.backbone
         config = copy.deepcopy(config)
         config.exit_interval = exit_after[0]
@@ -123,6 +126,8 @@ class DynPeftModel(ExitModel, PeftModel):
             EarlyHead(widths[after - 1], config.num_classes, wide)
             for after, wide in zip(exit_after[:-1], hidden, strict=True)
         )
+        if single:
+            single_saved(backbone, adapter_name, family.classifiers(backbone))
         inference = self.peft_config[adapter_name].inference_mode
         heads.requires_grad_(adapter_name in self.active_adapters and not inference)
         self.exit_heads[adapter_name] = heads.to(reference.weight.device).train(self.training)
@@ -243,15 +248,20 @@ class DynPeftModel(ExitModel, PeftModel):
     # Adapters
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, *args: Any, dyn_config: DynConfig | None = None, **kwargs: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        dyn_config: DynConfig | None = None,
     ) -> None:
         """As ``PeftModel.add_adapter``; ``dyn_config`` says its exits, by default the active adapter's."""
         dyn_config = dyn_config or self.dyn_config[self._active]
         _check_method(peft_config)
         exit_after = _check_backbone(self.backbone, self.family, dyn_config)
         _save_classifiers(peft_config, self.family.classifiers(self.backbone))
-        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
-        self._add_exits(adapter_name, dyn_config, exit_after)
+        super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self._add_exits(adapter_name, dyn_config, exit_after, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """As ``PeftModel.set_adapter``: one adapter, and its exits, become the active ones."""
@@ -279,7 +289,9 @@ class DynPeftModel(ExitModel, PeftModel):
     ) -> MultiExitBackbone:
         """Fold the adapter into the backbone and return a plain multi-exit module, with nothing of PEFT left in it."""
         heads, exit_after, token, training = self.early_heads, self.exit_after, self.token, self.training
+        check_mergeable(self.backbone, self.active_peft_config.peft_type.value)
         backbone = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        halve_saved(backbone)
         return MultiExitBackbone(backbone, heads, exit_after, token).train(training)
 
     # Files
@@ -290,11 +302,17 @@ class DynPeftModel(ExitModel, PeftModel):
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
+        accuracies: Sequence[float] | None = None,
+        dataset: str | None = None,
         **kwargs: Any,
     ) -> None:
         """As ``PeftModel.save_pretrained``; exits and early heads are written beside each adapter.
 
         The folder is written whole or not at all; what else lies in it stays.
+
+        Args:
+            accuracies: for the model card, top-1 accuracy of every exit in percent.
+            dataset: for the model card, what they were measured on.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder.")
@@ -320,6 +338,7 @@ class DynPeftModel(ExitModel, PeftModel):
             if card.exists():  # PEFT adds to the card that is there
                 shutil.copy2(card, folder)
             super().save_pretrained(str(folder), **settings)
+            update_card(folder, self, self.active_peft_config.peft_type.value, accuracies, dataset)
             for name, place in places.items():
                 prefix = f"exit_heads.{name}."
                 tensors = {k.removeprefix(prefix): v for k, v in heads.items() if k.startswith(prefix)}

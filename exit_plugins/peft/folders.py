@@ -6,7 +6,9 @@ is its backbone's host's, with the same two.
 
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +110,10 @@ def _find(model_id: str | os.PathLike, name: str, **hub: Any) -> Path:
     return Path(hf_hub_download(str(model_id), name, **hub))
 
 
-def save_merged(model: "MultiExitBackbone", save_directory: str | os.PathLike, **kwargs: Any) -> None:
-    """Write a merged model: the backbone as its host does, exits and early heads beside it."""
+def save_merged(
+    model: "MultiExitBackbone", save_directory: str | os.PathLike, describe: Callable[[Path], None], **kwargs: Any
+) -> None:
+    """Write a merged model: the backbone as its host does, its exits beside it, and what ``describe`` adds."""
     if os.path.isfile(save_directory):
         raise ValueError(f"{save_directory} is a file; name a folder.")
     backbone, heads = model.backbone, list(model.early_heads)
@@ -142,6 +146,10 @@ def save_merged(model: "MultiExitBackbone", save_directory: str | os.PathLike, *
             if hasattr(backbone, "pretrained_cfg"):
                 save_config_for_hf(backbone, str(folder / "config.json"), model_args=kwargs.get("model_args"))
         write_exits(folder, backbone, "merged", settings, tensors)
+        card = Path(save_directory, "README.md")
+        if card.exists():
+            shutil.copy2(card, folder)
+        describe(folder)
 
 
 def load_merged(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, PushToHubMixin
 
 from ..exits import MultiExit
+from .card import update_card
 from .families import Family, find_family
 from .folders import load_merged, save_merged
 
@@ -278,11 +279,24 @@ class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
                 raise
             return self._of_backbone(name)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        accuracies: Sequence[float] | None = None,
+        dataset: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Write backbone, exits and early heads into a folder, whole or not at all; ``from_pretrained`` reads it.
 
         The backbone's own files are its host's: ``AutoModelForImageClassification.from_pretrained(folder)`` or
         ``timm.create_model("local-dir:FOLDER", pretrained=True)`` give the model of the last exit, without the others.
+
+        Args:
+            is_main_process: write; other processes do nothing.
+            accuracies: for the model card, top-1 accuracy of every exit in percent.
+            dataset: for the model card, what they were measured on.
+            kwargs: of transformers' ``save_pretrained``, or ``model_args`` of timm's ``save_for_hf``.
 
         Raises:
             ValueError: there are adapters in the backbone, which ``merge_and_unload`` of the adapted model folds in.
@@ -293,7 +307,9 @@ class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
                 "merge_and_unload() and save what that returns."
             )
         if is_main_process:
-            save_merged(self, save_directory, **kwargs)
+            save_merged(
+                self, save_directory, lambda folder: update_card(folder, self, None, accuracies, dataset), **kwargs
+            )
 
     @classmethod
     def from_pretrained(

@@ -11,12 +11,13 @@ import peft
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft_backbones import FAMILIES, make_backbone, make_images, plain_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from exit_plugins import BottleneckConfig, DynConfig, DynPeftModel, RepAdapterConfig, get_dyn_peft_model
+from exit_plugins import BottleneckConfig, DynConfig, DynPeftModel, RepAdapterConfig, exit_costs, get_dyn_peft_model
 from exit_plugins.peft import MultiExitBackbone
 
 T = dict(target_modules=["qkv", "fc1"])
@@ -52,6 +53,7 @@ import sys, warnings, torch
 warnings.simplefilter("ignore")
 sys.path.insert(0, {here!r})
 from pathlib import Path
+from huggingface_hub import ModelCard
 from peft_backbones import make_backbone, make_images
 from exit_plugins import DynPeftModel
 for folder in sorted(Path({folder!r}).iterdir()):
@@ -272,3 +274,59 @@ def test_plain_peft_still_reads_the_adapter_alone(tmp_path):
     torch.testing.assert_close(plain(make_images()), exits(dyn)[-1])
     record = json.loads((tmp_path / "dyn_config.json").read_text())
     assert record["kind"] == "adapter" and record["base_model_class"] == "VisionTransformer"
+
+
+# Cards
+
+
+def test_the_card_says_what_it_is_what_exits_cost_and_how_to_load(tmp_path):
+    torch.manual_seed(0)
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    vit = timm.create_model("vit_tiny_patch16_224.augreg_in21k", **kwargs)
+    dyn = get_dyn_peft_model(vit, RepAdapterConfig(**T), DynConfig(exit_interval=2))
+    dyn.save_pretrained(tmp_path / "adapter", accuracies=[61.5, 70.25], dataset="five colours")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    data, macs = card.data.to_dict(), exit_costs(dyn, (3, 32, 32)).macs
+    assert data["library_name"] == "peft" and data["pipeline_tag"] == "image-classification"
+    assert data["base_model"] == "timm/vit_tiny_patch16_224.augreg_in21k"
+    assert {"early-exit", "repadapter", "base_model:adapter:timm/vit_tiny_patch16_224.augreg_in21k"} <= set(
+        data["tags"]
+    )
+    assert f"| 1 | 2 | {macs[0] / 1e9:.3g} G | {macs[0] / macs[1]:.2f} | 61.50 |" in card.text
+    assert f"| 2 | 4 | {macs[1] / 1e9:.3g} G | 1.00 | 70.25 |" in card.text
+    for words in (
+        "REPADAPTER over",
+        "five colours",
+        "5 classes",
+        "DynPeftModel.from_pretrained",
+        "PeftModel.from_pretrained",
+    ):
+        assert words in card.text
+    assert "More Information Needed" not in card.text and "PEFT 0." in card.text
+    with pytest.raises(ValueError, match="3 accuracies were given for 2 exits"):
+        dyn.save_pretrained(tmp_path / "adapter", accuracies=[1, 2, 3])
+
+    # What a user wrote stays; what is ours is written anew, once.
+    card.text = "Mine above.\n" + card.text + "\nMine below."
+    card.data["license"] = "mit"
+    card.save(tmp_path / "adapter" / "README.md")
+    dyn.save_pretrained(tmp_path / "adapter")
+    again = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert (
+        again.text.count("How to load") == 1 and "61.50" not in again.text and again.data.to_dict()["license"] == "mit"
+    )
+    assert "Mine above." in again.text and "Mine below." in again.text
+
+    dyn.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert "MultiExitBackbone.from_pretrained" in merged.text and "local-dir:FOLDER" in merged.text
+    assert merged.data.to_dict()["library_name"] == "timm" and "repadapter" not in merged.data.to_dict()["tags"]
+
+
+def test_a_card_names_no_folder_of_this_machine(tmp_path):
+    make_backbone("hf_vit").save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    dyn = get_dyn_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    dyn.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text().partition("How to load")[0]
+    assert str(tmp_path) not in text and "transformers" in text

@@ -6,6 +6,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..precision import is_quantised
 from ..tuner import AdapterLayer, xavier_linear
 from .config import RepAdapterConfig
 
@@ -112,7 +113,7 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
     def _weight(self) -> Tensor:
         """The base layer's weight (out, d) without anything merged, in at least single precision."""
         weight = self.get_base_layer().weight.detach()
-        if not weight.is_floating_point():
+        if is_quantised(weight):
             raise TypeError(
                 "RepAdapter cannot be merged into a quantised layer; load the base model unquantised to merge."
             )

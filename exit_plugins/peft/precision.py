@@ -1,0 +1,85 @@
+"""Base models in half precision or quantised: what is trained stays in single precision, and what cannot be merged."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+__all__ = ["check_mergeable", "halve_saved", "is_quantised", "single_saved"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is of integers, or of a tensor class that stands for quantised values (torchao's)."""
+    data = weight.detach()
+    return not data.is_floating_point() or type(data) is not Tensor and type(data).__name__ != "DTensor"
+
+
+def check_mergeable(model: nn.Module, method: str) -> None:
+    """TypeError naming the first quantised layer of ``model`` that an adapter cannot be merged into.
+
+    PEFT has layers of its own for some methods over some quantised layers, which merge after dequantising: those pass.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if not isinstance(weight, Tensor) or not is_quantised(weight):
+            continue
+        # The ordinary layers of a method stand in its module called layer; torchao's may lack what merging needs.
+        made_for_it = not type(layer).__module__.endswith(".layer")
+        if not made_for_it or getattr(layer, "get_apply_tensor_subclass", True) is None:
+            raise TypeError(
+                f"{method} cannot be merged into a quantised layer, and {name} is one "
+                f"({type(weight.detach()).__name__}, {weight.dtype}): load the base model unquantised to merge, or use "
+                "the adapted model as it is."
+            )
+
+
+def single_saved(model: nn.Module, adapter_name: str, classifiers: list[str]) -> None:
+    """Keep the modules that are trained in full for the adapter in single precision in a half-precision model.
+
+    PEFT does so with adapters and leaves these in half precision, in which AdamW's epsilon vanishes and float16 turns
+    to NaN within a step. Inputs are cast on the way in; outputs on the way out too, but for the classifiers', whose
+    logits stay in single precision.
+    """
+    for name, wrapper in model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter_name not in wrapper.modules_to_save:
+            continue
+        module = wrapper.modules_to_save[adapter_name]
+        half = {p.dtype for p in module.parameters()} & set(_HALF)
+        if half:
+            dtype = half.pop()
+            module.float()
+            module.register_forward_pre_hook(partial(_cast_inputs, back_to=dtype), with_kwargs=True)
+            if name not in classifiers:
+                module.register_forward_hook(partial(_cast_output, dtype=dtype))
+
+
+def halve_saved(model: nn.Module) -> None:
+    """Undo ``single_saved`` in a model whose adapters are merged: all is in the base model's precision again."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, partial) and hook.func is _cast_inputs:
+                module.to(hook.keywords["back_to"])
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, partial) and hook.func is _cast_output:
+                del module._forward_hooks[key]
+
+
+def _cast_inputs(module: nn.Module, args: tuple, kwargs: dict, back_to: torch.dtype) -> tuple[tuple, dict]:
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _cast_output(module: nn.Module, args: tuple, output: Any, dtype: torch.dtype) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) else output
