@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the dataset")
     parser.add_argument("--train-split", default="train")
     parser.add_argument("--val-split", default="validation")
-    parser.add_argument("--model", default="dynperceiver_test", choices=list_models(), metavar="MODEL")
+    parser.add_argument("--model", default="dynperceiver_test", choices=list_models(clips=False), metavar="MODEL")
     parser.add_argument("--img-size", type=int, help="default: the model's own")
     parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="default: the model's own")
     parser.add_argument("--exit-loss-alpha", type=float, help="of the preset paper (default: 0.5)")

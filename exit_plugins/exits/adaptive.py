@@ -12,7 +12,7 @@ from .compiled import CompiledSegments
 from .confidence import confidence
 from .costs import SegmentTimes, segment_times
 from .policy import ExitPolicy
-from .protocol import check_multi_exit, select_samples
+from .protocol import check_multi_exit, sample_dimensions, select_samples
 
 __all__ = ["AdaptiveModel", "ExitOutput"]
 
@@ -41,9 +41,10 @@ class AdaptiveModel(nn.Module):
             change the copy.
         dtype: run in mixed precision of this type (``torch.bfloat16``, ``torch.float16``), as under torch.autocast.
 
-    ``forward(images (B, C, H, W))`` returns an ExitOutput in the order of the batch; an empty batch returns an empty
-    one. Images are taken to the precision of the model's weights. Samples whose confidence is NaN never leave early;
-    those whose logits are NaN at the last exit are reported by a RuntimeWarning.
+    ``forward(images (B, C, H, W))``, or clips (B, T, C, H, W) where the model takes them, returns an ExitOutput in the
+    order of the batch; an empty batch returns an empty one. Images are taken to the precision of the model's weights.
+    Samples whose confidence is NaN never leave early; those whose logits are NaN at the last exit are reported by a
+    RuntimeWarning.
 
     Samples that left are dropped at every exit, or, once ``measure`` has timed the segments, wherever that costs less
     than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
@@ -164,8 +165,10 @@ class AdaptiveModel(nn.Module):
         return ExitOutput(answers[:batch], exits[:batch], sures[:batch])
 
     def _checked(self, images: Tensor) -> Tensor:
-        if images.ndim != 4:
-            raise ValueError(f"expected images (B, C, H, W), got shape {tuple(images.shape)}.")
+        dimensions = sample_dimensions(self.model)
+        if images.ndim != 1 + len(dimensions):
+            kind = "images" if len(dimensions) == 3 else "samples"
+            raise ValueError(f"expected {kind} (batch, {', '.join(dimensions)}), got shape {tuple(images.shape)}.")
         if not images.is_floating_point():
             raise ValueError(f"expected images normalised to floating point numbers, got {images.dtype}.")
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)

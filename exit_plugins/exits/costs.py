@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .protocol import check_multi_exit, exit_device, select_samples
+from .protocol import check_input_size, check_multi_exit, exit_device, select_samples
 
 __all__ = ["ExitCosts", "SegmentTimes", "exit_costs", "exit_latency", "segment_times"]
 
@@ -47,14 +47,13 @@ class _SeenParameters(TorchFunctionMode):
 
 
 def exit_costs(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> ExitCosts:
-    """Cost of every exit for one image of ``input_size`` (channels, height, width).
+    """Cost of every exit for one sample of ``input_size``: (channels, height, width), of clips with the frames first.
 
     The model is not run: a copy of it on the meta device is, one segment after the other, so even large models take
     moments and nothing about ``model`` changes.
     """
     check_multi_exit(model)
-    if len(input_size) != 3 or min(input_size) < 1:
-        raise ValueError(f"input_size is (channels, height, width), got {tuple(input_size)}.")
+    check_input_size(model, input_size)
     # Without gradients, or a view of a parameter trips the counter's backward hooks even under no_grad.
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)

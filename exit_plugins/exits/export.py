@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from .adaptive import AdaptiveModel, ExitOutput, inference_copy
 from .confidence import confidence
 from .policy import ExitPolicy, describe_model
-from .protocol import MultiExit, State, check_multi_exit
+from .protocol import MultiExit, State, check_input_size, check_multi_exit
 
 __all__ = [
     "ExportedAdaptiveModel",
@@ -58,7 +58,8 @@ def export_segments(
         model: a multi-exit module in float32. It is copied, not changed.
         policy: thresholds for it; another policy can be given when the folder is loaded.
         folder: new, or an earlier export, which is replaced once the new one is verified.
-        input_size: (channels, height, width) of the images; the batch stays free.
+        input_size: (channels, height, width) of the images, (frames, channels, height, width) of clips; the batch
+            stays free.
         format: ``onnx`` (run by ONNX Runtime) or ``openvino``.
 
     Raises:
@@ -133,6 +134,7 @@ class ExportedSegments(MultiExit, nn.Module):
         self.num_exits = described["num_exits"]
         self.num_classes = described["num_classes"] or 0
         self.input_size = tuple(self.manifest["input_size"])
+        self.sample_ndim = len(self.input_size)
         self.pretrained_cfg = {
             "architecture": described["architecture"],
             "input_size": self.input_size,
@@ -629,11 +631,10 @@ def _prepared(model: nn.Module, policy: ExitPolicy) -> nn.Module:
 
 def _images(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     """Sixteen images to verify with: noise of differing contrast, so that confidences differ."""
-    if len(input_size) != 3 or min(input_size) < 1:
-        raise ValueError(f"input_size is (channels, height, width), got {tuple(input_size)}.")
+    check_input_size(model, input_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, *input_size, generator=generator)
-    images *= torch.linspace(0.2, 2.0, 16)[:, None, None, None]
+    images *= torch.linspace(0.2, 2.0, 16).view(-1, *[1] * len(input_size))
     with torch.no_grad():
         model.forward_exits(images[:2])  # an image the model refuses shall be refused in the model's words
     return images

@@ -1,12 +1,21 @@
 """The one idea all else is written against: a multi-exit model is a chain of segments, segment i ends in exit i."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["MultiExit", "batch_size", "check_multi_exit", "map_state", "select_samples"]
+__all__ = [
+    "MultiExit",
+    "batch_size",
+    "check_input_size",
+    "check_multi_exit",
+    "map_state",
+    "sample_dimensions",
+    "select_samples",
+]
 
 State = Any  # a pytree of tensors, batch first in every leaf
 
@@ -17,7 +26,7 @@ class MultiExit:
     A model says what it is in three members; the rest follows:
 
     * ``num_exits``: how many exits there are, K.
-    * ``begin_exits(x)``: images (B, C, H, W) to the state the first segment starts from.
+    * ``begin_exits(x)``: images (B, C, H, W), or samples of another shape, to the state the first segment starts from.
     * ``forward_exit(index, state)``: runs only what lies between exit ``index - 1`` and exit ``index`` (0-based) and
       returns that exit's logits (B, num_classes) and the state the next segment starts from.
 
@@ -32,6 +41,7 @@ class MultiExit:
 
     num_exits: int
     exit_loss = ""
+    sample_ndim: int = 3  # dimensions of one sample: an image's (C, H, W), unless the model says otherwise
 
     def begin_exits(self, x: Tensor) -> State:
         raise NotImplementedError(f"{type(self).__name__} must define begin_exits(x) -> state")
@@ -65,6 +75,20 @@ def check_multi_exit(model: nn.Module) -> nn.Module:
     if int(model.num_exits) < 1:
         raise TypeError(f"{type(model).__name__}.num_exits is {model.num_exits}; a multi-exit model has at least one.")
     return model
+
+
+def sample_dimensions(model: nn.Module) -> tuple[str, ...]:
+    """Names of the dimensions of one of the model's samples, an image or a clip."""
+    ndim = int(getattr(model, "sample_ndim", MultiExit.sample_ndim))
+    names = ("frames", "channels", "height", "width")[-ndim:]
+    return names if len(names) == ndim else tuple(f"dimension {i + 1}" for i in range(ndim))
+
+
+def check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
+    """ValueError unless ``input_size`` can be the shape of one of the model's samples."""
+    dimensions = sample_dimensions(model)
+    if len(input_size) != len(dimensions) or min(input_size) < 1:
+        raise ValueError(f"input_size is ({', '.join(dimensions)}), positive numbers, got {tuple(input_size)}.")
 
 
 def map_state(function, state: State) -> State:

@@ -17,15 +17,19 @@ from ._cards import model_card, save_for_hf
 
 __all__ = ["ARCHITECTURES", "list_models", "model_card", "save_for_hf"]
 
-_SHARED = {"data", "layers", "train"}
+_SHARED = {"clips", "data", "layers", "motion", "train"}
 
 ARCHITECTURES = sorted(m.name for m in iter_modules(__path__) if m.name not in _SHARED and not m.name.startswith("_"))
 for _name in ARCHITECTURES:
     import_module(f"{__name__}.{_name}")
 
 
-def list_models() -> list[str]:
-    """Names of the timm models this package registers, sorted."""
+_OF_CLIPS = {"video"}
+
+
+def list_models(clips: bool | None = None) -> list[str]:
+    """Names of the timm models this package registers, sorted; with ``clips`` those whose samples are clips, or not."""
     from timm.models import _registry
 
-    return sorted(name for name, module in _registry._model_to_module.items() if module in ARCHITECTURES)
+    modules = {m for m in ARCHITECTURES if clips is None or (m in _OF_CLIPS) == clips}
+    return sorted(name for name, module in _registry._model_to_module.items() if module in modules)

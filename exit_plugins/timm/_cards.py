@@ -13,6 +13,7 @@ from timm.models._hub import generate_readme
 from torch import nn
 
 from ..exits import exit_costs
+from ..exits.clips import sample_size
 from ..exits.files import atomic_write
 from ..exits.protocol import check_multi_exit
 
@@ -117,7 +118,7 @@ def _exit_stats(model: nn.Module, accuracies: Sequence[float] | None) -> dict[st
     if accuracies is not None and len(accuracies) != model.num_exits:
         raise ValueError(f"{len(accuracies)} accuracies for a model of {model.num_exits} exits; give one per exit.")
     input_size = [int(side) for side in resolve_input_data_config(model)["input_size"]]
-    costs = exit_costs(model, input_size)
+    costs = exit_costs(model, sample_size(model, input_size))
     stats: dict[str, Any] = {
         "num_exits": int(model.num_exits),
         "input_size": input_size,

@@ -132,6 +132,7 @@ class PointwiseConv(nn.Conv2d):
         """The same convolution, with the same parameters."""
         pointwise = cls(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False, device="meta")
         pointwise.weight, pointwise.bias = conv.weight, conv.bias
+        pointwise._forward_pre_hooks.update(conv._forward_pre_hooks)  # a temporal shift is one
         return pointwise.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,8 +205,14 @@ class FusedBlock(FusedLayer):
         self.num_heads = attn.num_heads
         self.width = attn.qkv.in_features
         self.eps1, self.eps2 = block.norm1.eps, block.norm2.eps
+        # A temporal shift is a hook on the attention: it stands between the norm and the projection, which then cannot
+        # be folded into one.
+        self.hooked = len(attn._forward_pre_hooks) > 0
+        if self.hooked:
+            self.norm1, self.enter = block.norm1, nn.Identity()
+            self.enter._forward_pre_hooks.update(attn._forward_pre_hooks)
         self._register(
-            qkv=fold_layer_norm(block.norm1, attn.qkv),
+            qkv=transposed(attn.qkv) if self.hooked else fold_layer_norm(block.norm1, attn.qkv),
             proj=transposed(attn.proj),
             fc1=fold_layer_norm(block.norm2, mlp.fc1),
             fc2=transposed(mlp.fc2),
@@ -214,7 +221,8 @@ class FusedBlock(FusedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) to tokens (B, N, C)."""
         batch, tokens, width = x.shape
-        qkv = project(F.layer_norm(x, [self.width], eps=self.eps1), self.qkv_weight, self.qkv_bias)
+        normed = self.enter(self.norm1(x)) if self.hooked else F.layer_norm(x, [self.width], eps=self.eps1)
+        qkv = project(normed, self.qkv_weight, self.qkv_bias)
         q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = add_residual(x, project(attended, self.proj_weight, self.proj_bias))

@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     globs = config.getoption("--exit-models").split(",")
-    MODELS[:] = [name for name in registered_models() if any(fnmatch.fnmatch(name, glob) for glob in globs)]
+    MODELS[:] = [name for name in registered_models(clips=False) if any(fnmatch.fnmatch(name, glob) for glob in globs)]
     if not MODELS:
         raise pytest.UsageError(f"no model matches {globs}; there are {', '.join(registered_models())}")
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which is not needed here")

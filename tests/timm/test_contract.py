@@ -20,7 +20,7 @@ from exit_plugins import exit_costs
 from exit_plugins.exits.protocol import check_multi_exit, select_samples
 from exit_plugins.timm import ARCHITECTURES, list_models, model_card, save_for_hf
 
-SMALL = [name for name in list_models() if name.endswith("_test")]
+SMALL = [name for name in list_models(clips=False) if name.endswith("_test")]
 
 pytestmark = pytest.mark.parametrize("name", SMALL)
 
@@ -49,7 +49,7 @@ def classifiers(model: nn.Module) -> list[str]:
 
 
 def test_every_architecture_has_a_small_model(name):
-    assert {timm.models._registry._model_to_module[small] for small in SMALL} == set(ARCHITECTURES)
+    assert {timm.models._registry._model_to_module[small] for small in SMALL} == set(ARCHITECTURES) - {"video"}
 
 
 # --- exits -----------------------------------------------------------------------------------------------------------

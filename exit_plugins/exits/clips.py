@@ -1,0 +1,119 @@
+"""Clips as samples: an image network over the frames of a clip, whose answer at every exit is their consensus.
+
+Frames meet in the batch inside a segment only. Between segments every leaf of the state is (B, T, ...), so that a clip
+leaves as a whole and the clips that stay keep all their frames. Nothing else on this floor knows of clips.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .protocol import MultiExit, State, map_state
+
+__all__ = ["frames_of", "over_clips", "sample_size"]
+
+
+def over_clips(model: nn.Module, num_frames: int) -> nn.Module:
+    """Let an image network take clips (B, ``num_frames``, C, H, W): change ``model`` in place and return it.
+
+    At each exit the clip's logits are the mean of its frames' logits: the consensus of TSM, which Dyn-Perceiver
+    follows (its appendix B). What an exit tells a later one stays each frame's own. A network without exits becomes a
+    model of one exit, the mean of its answers.
+
+    Parameters, buffers and their names stay as they are: an image checkpoint loads unchanged. As with
+    ``torch.nn.utils.parametrize`` the module's class becomes a subclass of what it was. All it has besides the
+    protocol and ``forward`` goes on taking frames, clip after clip in the batch.
+
+    Raises:
+        ValueError: ``num_frames`` is not a positive number, or the model takes clips already.
+    """
+    if not isinstance(num_frames, int) or num_frames < 1:
+        raise ValueError(f"num_frames must be a positive number of frames, got {num_frames!r}.")
+    if isinstance(model, _Clips):
+        raise ValueError(f"{type(model).__name__} takes clips of {model.num_frames} frames already.")
+    model.__class__ = _clip_class(type(model))
+    model.num_frames = num_frames
+    return model
+
+
+def frames_of(clips: Tensor) -> Tensor:
+    """Clips (B, T, ...) as a batch of frames (B*T, ...): a view where the memory allows it."""
+    return clips.flatten(0, 1)
+
+
+def sample_size(model: nn.Module, image_size: Sequence[int]) -> tuple[int, ...]:
+    """Shape of one of the model's samples, an image or a clip of images of ``image_size`` (C, H, W)."""
+    return (model.num_frames, *image_size) if isinstance(model, _Clips) else tuple(image_size)
+
+
+class _Clips:
+    """What the classes made here have in common."""
+
+    num_frames: int
+    sample_ndim = 4
+
+    def _check(self, x: Tensor) -> Tensor:
+        if x.ndim != 5 or x.shape[1] != self.num_frames:
+            raise ValueError(
+                f"expected clips (batch, {self.num_frames}, channels, height, width), got shape {tuple(x.shape)}."
+                + ("" if x.ndim != 5 else f" For other clips build the model with num_frames={x.shape[1]}.")
+            )
+        return x
+
+    def _clips(self, state: State) -> State:
+        return map_state(lambda leaf: leaf.unflatten(0, (-1, self.num_frames)), state)
+
+    forward_exits = MultiExit.forward_exits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time: copies and pickles name the one it was made from.
+        return _bare, (type(self).__bases__[1],), self.__dict__
+
+
+class _ClipExits(_Clips):
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Clips (B, T, C, H, W) to the last exit's logits in evaluation, to the tuple of every exit's in training."""
+        return MultiExit.forward(self, x)
+
+    def begin_exits(self, x: Tensor) -> State:
+        """State before the first segment, from clips (B, T, C, H, W)."""
+        return self._clips(super().begin_exits(frames_of(self._check(x))))
+
+    def forward_exit(self, index: int, state: State) -> tuple[Tensor, State]:
+        """Consensus logits (B, num_classes) of exit ``index``, and the next state, every leaf (B, T, ...)."""
+        logits, state = super().forward_exit(index, map_state(frames_of, state))
+        return logits.unflatten(0, (-1, self.num_frames)).mean(1), self._clips(state)
+
+
+class _ClipNetwork(_Clips):
+    """The same for a network without exits."""
+
+    num_exits = 1
+
+    def begin_exits(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self._check(x),)
+
+    def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[()]]:
+        if index != 0:
+            raise IndexError(f"this network has one exit, 0, got {index}.")
+        logits = super().forward(frames_of(state[0]))
+        return logits.unflatten(0, (-1, self.num_frames)).mean(1), ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clips (B, T, C, H, W) to logits (B, num_classes), in either mode: what the host's trainer expects of it."""
+        return self.forward_exit(0, self.begin_exits(x))[0]
+
+
+@cache
+def _clip_class(cls: type[nn.Module]) -> type[nn.Module]:
+    has_exits = hasattr(cls, "begin_exits") and hasattr(cls, "forward_exit")
+    bases = (_ClipExits if has_exits else _ClipNetwork, cls)
+    return type(f"Clip{cls.__name__}", bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _bare(cls: type[nn.Module]) -> nn.Module:
+    """An instance of the clip class of ``cls`` without attributes yet."""
+    made = _clip_class(cls)
+    return made.__new__(made)
