@@ -38,7 +38,7 @@ SETTINGS = {
     "test_clips": 1000,
     "num_frames": 8,
     "size": 32,
-    "epochs": 10,
+    "epochs": 6,
     "batch_size": 32,
     "opt": "adamw",
     "lr": 2e-3,
