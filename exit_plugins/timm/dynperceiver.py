@@ -49,7 +49,7 @@ torch.fx.wrap("_read_grid")
 
 @dataclass(frozen=True)
 class DynPerceiverCfg:
-    """One network of the paper's tables 5 to 7.
+    """One network of the paper's tables 5 to 7, and what of it to leave out: the ablations of tables 2 and 3.
 
     Attributes:
         branch: Builder of the feature branch, one of ``regnety``, ``resnet``, ``mobilenetv3``.
@@ -60,6 +60,19 @@ class DynPerceiverCfg:
         depths: RegNet-Y: blocks in each stage.
         group_size: RegNet-Y: channels in each group of the 3x3 convolutions.
         width_mult: ResNet and MobileNet: multiplier of every width.
+        x2z: Latents read the map in every stage; False leaves the cross-attention of stage 1 alone, without which the
+            paper's training diverged.
+        grid_conv: X2Z reads the map through a depthwise convolution (DWC); False: the averaged map as it is.
+        z2x: The map reads the latents behind every stage.
+        fkt: Forward knowledge transfer: exits that read latents hear what the latents' exit before them said.
+        token_mixer: Behind each of the first three stages, half as many latents with the channels of the next stage;
+            False: L latents with the channels of the stem in all four. All stages' heads must divide those then.
+        early_exits: Where the exits before the last one read. ``classification``: the paper's network, see
+            ``DynPerceiver``. ``feature``: the feature map behind stage 3's convolutions and behind stage 4's; the
+            latents' part in knowledge transfer falls to the first of them. ``none``: one exit, the last. None for
+            ``classification``, or ``feature`` without latents.
+        latent_branch: Whether there are latents at all; without them the convolutional branch is alone, and its exits
+            are those of ``early_exits="feature"`` less the one that reads latents, or the very last map's.
     """
 
     branch: str
@@ -70,6 +83,59 @@ class DynPerceiverCfg:
     depths: tuple[int, ...] = ()
     group_size: int = 8
     width_mult: float = 1.0
+    x2z: bool = True
+    grid_conv: bool = True
+    z2x: bool = True
+    fkt: bool = True
+    token_mixer: bool = True
+    early_exits: str | None = None
+    latent_branch: bool = True
+
+
+_ABLATIONS = ("x2z", "grid_conv", "z2x", "fkt", "token_mixer", "early_exits", "latent_branch")
+
+
+class ExitSite(NamedTuple):
+    """Where an exit reads.
+
+    A stage is three steps (latents read, map is convolved, map reads latents), a network twelve.
+
+    Attributes:
+        step: The exit comes after this many steps.
+        reads_latents, reads_map: What its head sees.
+        hears: The earlier exit whose logits are transferred to it.
+    """
+
+    step: int
+    reads_latents: bool
+    reads_map: bool
+    hears: int | None = None
+
+
+_SITES = {
+    "classification": (
+        ExitSite(7, True, False),
+        ExitSite(10, True, False, hears=0),
+        ExitSite(11, False, True),
+        ExitSite(12, True, True, hears=1),
+    ),
+    "feature": (ExitSite(8, False, True), ExitSite(11, False, True), ExitSite(12, True, True, hears=0)),
+    "none": (ExitSite(12, True, True),),
+}
+
+
+def _exit_sites(cfg: DynPerceiverCfg) -> tuple[ExitSite, ...]:
+    """The exits of a network, shallow to deep."""
+    kind = cfg.early_exits or ("classification" if cfg.latent_branch else "feature")
+    if kind not in _SITES:
+        raise ValueError(f"unknown early_exits {kind!r}; expected one of {', '.join(_SITES)}.")
+    sites = _SITES[kind]
+    if not cfg.latent_branch:
+        if kind == "classification":
+            raise ValueError("early exits in the classification branch read its latents: they need latent_branch=True.")
+        # The last map is then the end of the network.
+        sites = tuple(site for site in sites if not site.reads_latents) or (ExitSite(11, False, True),)
+    return sites if cfg.fkt else tuple(site._replace(hears=None) for site in sites)
 
 
 class FeatureBranch(NamedTuple):
@@ -378,6 +444,13 @@ class DynPerceiverStage(nn.Module):
     """One stage of both branches: latents read the map (X2Z), the map is convolved, the map reads the latents (Z2X).
 
     The three steps are separate methods because exits lie between them.
+
+    Args:
+        blocks: The convolutions, from ``width`` to ``out_width`` channels.
+        latent_width, latent_out_width: Channels of the latents that enter the stage, and of those that leave it.
+        num_tokens: Latents that enter; the token mixer halves them.
+        x2z, grid_conv, z2x, token_mixer: Whether the stage has these parts.
+        latents: Whether it has anything but the convolutions.
     """
 
     def __init__(
@@ -385,26 +458,35 @@ class DynPerceiverStage(nn.Module):
         blocks: nn.Sequential,
         width: int,
         out_width: int,
+        latent_width: int,
+        latent_out_width: int,
         num_tokens: int,
         num_heads: int,
         latent_depth: int,
         mlp_ratio: float,
-        last: bool,
+        x2z: bool = True,
+        grid_conv: bool = True,
+        z2x: bool = True,
+        token_mixer: bool = True,
+        latents: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.grid = GridConv(width, **dd)
-        self.x2z = CrossAttention(width, width, width, num_keys=_GRID * _GRID, **dd)
+        self.grid, self.x2z = nn.Identity(), None
+        if x2z and latents:
+            self.grid = GridConv(width, **dd) if grid_conv else nn.AdaptiveAvgPool2d(_GRID)
+            self.x2z = CrossAttention(latent_width, width, latent_width, num_keys=_GRID * _GRID, **dd)
+        depth = latent_depth if latents else 0
         self.self_attn = nn.Sequential(
-            *[Block(width, num_heads, mlp_ratio, norm_layer=nn.LayerNorm, **dd) for _ in range(latent_depth)]
+            *[Block(latent_width, num_heads, mlp_ratio, norm_layer=nn.LayerNorm, **dd) for _ in range(depth)]
         )
         self.blocks = blocks
-        # The latents go no further after the last stage: its Z2X reads them as they are.
-        self.token_mixer = nn.Identity() if last else TokenMixer(num_tokens, **dd)
-        self.channel_expander = nn.Identity() if last else ChannelExpander(width, out_width, **dd)
-        self.z2x = CrossAttention(out_width, width if last else out_width, out_width // 8, **dd)
+        mixes = token_mixer and latents
+        self.token_mixer = TokenMixer(num_tokens, **dd) if mixes else nn.Identity()
+        self.channel_expander = ChannelExpander(latent_width, latent_out_width, **dd) if mixes else nn.Identity()
+        self.z2x = CrossAttention(out_width, latent_out_width, out_width // 8, **dd) if z2x and latents else None
         self.grad_checkpointing = False
 
     def read(self, x: Tensor, z: Tensor) -> Tensor:
@@ -422,7 +504,7 @@ class DynPerceiverStage(nn.Module):
         return self.blocks(x)
 
     def expand(self, z: Tensor) -> Tensor:
-        """Half as many latents, in the next stage's channels; the same latents after the last stage."""
+        """Half as many latents, in the next stage's channels; the same latents where there is no token mixer."""
         return self.channel_expander(self.token_mixer(z))
 
     def write(self, x: Tensor, z: Tensor) -> Tensor:
@@ -440,7 +522,8 @@ class DynPerceiverStage(nn.Module):
     def fuse(self, height: int, width: int) -> None:
         """Put the inference forms of the latents' parts in place, fastest on maps of ``height`` x ``width``."""
         if self.x2z is not None:
-            self.grid = FusedGridConv(self.grid, height, width)
+            if isinstance(self.grid, GridConv):
+                self.grid = FusedGridConv(self.grid, height, width)
             self.x2z = FusedCrossAttention(self.x2z)
         self.self_attn = nn.Sequential(*[FusedBlock(block) for block in self.self_attn])
         if self.z2x is not None:
@@ -492,9 +575,13 @@ class DynPerceiver(MultiExit, nn.Module):
 
     Exit 1 classifies the latents after stage 3's self-attention, before its convolutions; exit 2 those of stage 4 with
     what exit 1 said; exit 3 the feature map after stage 4's convolutions; exit 4 that map, informed by the latents,
-    with them and with what exit 2 said. Training returns the logits of all four, evaluation the last's.
+    with them and with what exit 2 said. Training returns the logits of all four, evaluation the last's. (Table 3 seems
+    to list the map's exit second and the latents' third: its third column falls with what the latents lose.)
 
     With ``num_classes=0`` each exit returns the features its classifier would read, without earlier exits' logits.
+
+    The ablations of tables 2 and 3 are arguments, for ``create_model(..., x2z=False)``. The paper does not draw the
+    exits in the feature branch; where they read and what they hear is our choice.
 
     Args:
         cfg: The network; keyword arguments named like its fields replace them.
@@ -508,6 +595,7 @@ class DynPerceiver(MultiExit, nn.Module):
     """
 
     exit_loss = "paper"  # eq. 3
+    __constants__ = ("informed", "relayed", "early_latents")
 
     def __init__(
         self,
@@ -527,14 +615,21 @@ class DynPerceiver(MultiExit, nn.Module):
         cfg = replace(cfg, **kwargs)
         if cfg.branch not in _BRANCHES:
             raise ValueError(f"unknown feature branch {cfg.branch!r}; expected one of {', '.join(_BRANCHES)}.")
-        if cfg.num_latents < 8 or cfg.num_latents % 8:
+        if cfg.latent_branch and (cfg.num_latents < 8 or cfg.num_latents % 8):
             raise ValueError(f"num_latents must be a positive multiple of 8, got {cfg.num_latents}.")
         if global_pool != "avg":
             raise ValueError(f"Dyn-Perceiver pools by average only (global_pool='avg'), got {global_pool!r}.")
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_exits = 4
-        self.exit_steps = (7, 10, 11, 12)  # exit i comes after this many of the twelve steps, three a stage
+        self.sites = _exit_sites(cfg)
+        self.num_exits = len(self.sites)
+        self.first_step, self.last_step = self.sites[0].step, self.sites[-1].step
+        # How the last exit's logits come about: what it hears, and what that exit heard itself.
+        hears = self.sites[-1].hears
+        self.informed = hears is not None
+        self.relayed = self.informed and self.sites[hears].hears is not None
+        self.early_latents = self.sites[0].reads_latents
+        self.left_out = tuple(name for name in _ABLATIONS if getattr(cfg, name) != getattr(DynPerceiverCfg, name))
         self.num_stages = 4
         self.min_size = 32  # pixels: the stride of the last feature map
         self.features_before_z2x = features_before_z2x
@@ -546,18 +641,29 @@ class DynPerceiver(MultiExit, nn.Module):
         self.stem_reduction = branch.stem_reduction
         self.drop_rate = (0.2 if branch.head_width else 0.0) if drop_rate is None else drop_rate
         self.stem = branch.stem
-        self.latent = nn.Parameter(torch.empty(cfg.num_latents, branch.channels[0], **dd))
+        self.latent = None
+        if cfg.latent_branch:
+            self.latent = nn.Parameter(torch.empty(cfg.num_latents, branch.channels[0], **dd))
+        # Channels of the latents in the stages, and of those that leave the last, which has no token mixer.
+        widths = [branch.channels[index if cfg.token_mixer else 0] for index in (0, 1, 2, 3, 3)]
+        self.latent_widths = widths if cfg.latent_branch else [0] * 5
         self.stages = nn.ModuleList(
             [
                 DynPerceiverStage(
                     blocks,
                     width=branch.channels[index],
                     out_width=branch.channels[index + 1],
+                    latent_width=widths[index],
+                    latent_out_width=widths[index + 1],
                     num_tokens=cfg.num_latents >> index,
                     num_heads=1 << index,
                     latent_depth=cfg.latent_depths[index],
                     mlp_ratio=cfg.mlp_ratio,
-                    last=index == 3,
+                    x2z=cfg.x2z or index == 0,
+                    grid_conv=cfg.grid_conv,
+                    z2x=cfg.z2x,
+                    token_mixer=cfg.token_mixer and index < 3,
+                    latents=cfg.latent_branch,
                     **dd,
                 )
                 for index, blocks in enumerate(branch.stages)
@@ -567,31 +673,39 @@ class DynPerceiver(MultiExit, nn.Module):
             dict(num_chs=width, reduction=reduction, module=f"stages.{index}")
             for index, (width, reduction) in enumerate(zip(branch.channels[1:], branch.reductions, strict=True))
         ]
-        self.num_features = self.head_hidden_size = branch.channels[4] + branch.channels[3]
+        self.num_features = self.head_hidden_size = branch.channels[4] + self.latent_widths[4]
         # MobileNet's dropout follows the hidden layer of its heads.
         self.head_drop = nn.Dropout(0.0 if branch.head_width else self.drop_rate)
         self.heads, self.transfers = self._build_heads(num_classes, dd)
         self.init_weights()
 
     def _build_heads(self, num_classes: int, dd: dict[str, Any]) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """Heads, one per exit, and the knowledge transfers, one per exit that hears another, in their order."""
+        hearing = [site for site in self.sites if site.hears is not None]
         if num_classes == 0:
-            return nn.ModuleList([nn.Identity() for _ in range(4)]), nn.ModuleList([nn.Identity() for _ in range(2)])
-        _, _, c3, c4, c5 = self.channels
-        deep = dict(hidden_width=self.head_width, drop_rate=self.drop_rate, **dd)
-        heads = [
-            ExitHead(c3, num_classes, **dd),
-            ExitHead(2 * c4, num_classes, **dd),
-            ExitHead(c5, num_classes, **deep),
-            ExitHead(c5 + 2 * c4, num_classes, batch_norm=True, **deep),
-        ]
-        return nn.ModuleList(heads), nn.ModuleList([KnowledgeTransfer(num_classes, c4, **dd) for _ in range(2)])
+            return nn.ModuleList([nn.Identity() for _ in self.sites]), nn.ModuleList([nn.Identity() for _ in hearing])
+        told = self.latent_widths[3]
+        heads = []
+        for site in self.sites:
+            width = told if site.hears is not None else 0
+            if site.reads_latents:
+                width += self.latent_widths[(site.step - 1) // 3]
+            if site.reads_map:
+                width += self.channels[(site.step + 1) // 3]
+            # MobileNet's heads on the last map have a hidden layer.
+            deep = site.reads_map and site.step > 10
+            options = dict(hidden_width=self.head_width, drop_rate=self.drop_rate) if deep else {}
+            both = site.reads_map and site.reads_latents
+            heads.append(ExitHead(width, num_classes, batch_norm=both, **options, **dd))
+        return nn.ModuleList(heads), nn.ModuleList([KnowledgeTransfer(num_classes, told, **dd) for _ in hearing])
 
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise the feature branch as its family does and the latents; everything else keeps torch's default."""
-        nn.init.normal_(self.latent, std=0.02)
-        with torch.no_grad():
-            self.latent.clamp_(-2, 2)
+        if self.latent is not None:
+            nn.init.normal_(self.latent, std=0.02)
+            with torch.no_grad():
+                self.latent.clamp_(-2, 2)
         for root in (self.stem, *(stage.blocks for stage in self.stages)):
             for module in root.modules():
                 if isinstance(module, nn.Conv2d):
@@ -605,7 +719,13 @@ class DynPerceiver(MultiExit, nn.Module):
 
     def _begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.stem(check_image(x, self.in_chans, self.min_size))
-        return x, self.latent.expand(x.shape[0], -1, -1)
+        return x, self._first_latents(x)
+
+    def _first_latents(self, x: Tensor) -> Tensor:
+        """The latents (B, L, C) before stage 1; without a latent branch none of width 0."""
+        if self.latent is None:
+            return x.new_zeros((x.shape[0], 0, 0))
+        return self.latent.expand(x.shape[0], -1, -1)
 
     def _run(self, x: Tensor, z: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The map and the latents after the steps ``start`` to ``stop - 1``; those of stage i are 3i to 3i + 2."""
@@ -619,26 +739,22 @@ class DynPerceiver(MultiExit, nn.Module):
                 x = stage.write(x, z)
         return x, z
 
-    def _exit1(self, z: Tensor) -> Tensor:
-        return self.heads[0](z.mean(dim=1))
-
-    def _exit2(self, z: Tensor, logits: Tensor) -> Tensor:
-        features = z.mean(dim=1)
-        if self.num_classes > 0:
-            features = torch.cat([features, self.transfers[0](logits)], dim=1)
-        return self.heads[1](features)
-
-    def _exit3(self, x: Tensor) -> Tensor:
-        return self.heads[2](self.head_drop(x.mean(dim=(2, 3))))
-
-    def _exit4(self, x: Tensor, z: Tensor, logits: Tensor) -> Tensor:
-        features = self._pool(x, z)
-        if self.num_classes > 0:
-            features = torch.cat([features, self.transfers[1](logits)], dim=1)
-        return self.heads[3](features)
+    def _pool_map(self, x: Tensor) -> Tensor:
+        return self.head_drop(x.mean(dim=(2, 3)))
 
     def _pool(self, x: Tensor, z: Tensor) -> Tensor:
-        return torch.cat([self.head_drop(x.mean(dim=(2, 3))), z.mean(dim=1)], dim=1)
+        return torch.cat([self._pool_map(x), z.mean(dim=1)], dim=1)
+
+    def _exit(self, index: int, x: Tensor, z: Tensor, heard: Tensor | None) -> Tensor:
+        """Logits of exit ``index`` from the map, the latents and the logits it hears."""
+        site = self.sites[index]
+        parts = [self._pool_map(x)] if site.reads_map else []
+        if site.reads_latents:
+            parts.append(z.mean(dim=1))
+        if site.hears is not None and self.num_classes > 0:
+            hearing = [k for k, other in enumerate(self.sites) if other.hears is not None]
+            parts.append(self.transfers[hearing.index(index)](heard))
+        return self.heads[index](torch.cat(parts, dim=1))
 
     def begin_exits(self, x: Tensor) -> tuple[Tensor, ...]:
         """State before the first segment: the images (B, C, H, W), checked."""
@@ -646,45 +762,65 @@ class DynPerceiver(MultiExit, nn.Module):
         return (check_image(x, self.in_chans, self.min_size),)
 
     def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Logits (B, num_classes) of exit ``index`` (0 to 3) and the state the next segment starts from.
+        """Logits (B, num_classes) of exit ``index``, counted from 0, and the state the next segment starts from.
 
-        Between segments the state is the feature map (B, C, H, W), the latents (B, L, C) and the logits
-        (B, num_classes) of exit 1, then those of exit 2; after the last exit it is empty.
+        Between segments the state is the feature map (B, C, H, W), the latents (B, L, C) where there are any, and the
+        logits (B, num_classes) that a later exit hears, where one does; after the last exit it is empty.
         """
         if not 0 <= index < self.num_exits:
             raise IndexError(f"this model has exits 0 to {self.num_exits - 1}, got {index}.")
+        x, *rest = state
         if index == 0:
-            (image,) = state
-            x, z = self._begin(image)
-            x, z = self._run(x, z, 0, self.exit_steps[0])
-            logits = self._exit1(z)
-            return logits, (x, z, logits)
-        x, z, known = state
-        x, z = self._run(x, z, self.exit_steps[index - 1], self.exit_steps[index])
-        if index == 1:
-            logits = self._exit2(z, known)
-            return logits, (x, z, logits)
-        if index == 2:
-            return self._exit3(x), (x, z, known)
-        return self._exit4(x, z, known), ()
+            x, z = self._begin(x)
+        else:
+            z = self._first_latents(x) if self.latent is None else rest.pop(0)
+        heard = rest[0] if rest else None
+        x, z = self._run(x, z, self.sites[index - 1].step if index else 0, self.sites[index].step)
+        logits = self._exit(index, x, z, heard)
+        if index == self.num_exits - 1:
+            return logits, ()
+        told = {later.hears for later in self.sites[index + 1 :]}
+        if index in told:
+            heard = logits
+        elif not any(earlier in told for earlier in range(index)):
+            heard = None
+        state = (x,) if self.latent is None else (x, z)
+        return logits, state if heard is None else (*state, heard)
 
     def _check_exits(self) -> None:
         if self.num_exits == 0:
             raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """What the last exit reads: the feature map (B, C5, H, W), and the latents (B, L, C) at exits 2 and 1."""
+        """What the last exit reads: the map (B, C5, H, W), the latents (B, L, C), and what exit 1 reads if it hears it.
+
+        That is the latents at exit 1, or the map where the early exits lie in the feature branch.
+        """
         x, z = self._begin(x)
-        x, z1 = self._run(x, z, 0, self.exit_steps[0])
-        x, z = self._run(x, z1, self.exit_steps[0], self.exit_steps[3])
-        return [x, z, z1]
+        x, z = self._run(x, z, 0, self.first_step)
+        early = z if self.early_latents else x
+        x, z = self._run(x, z, self.first_step, self.last_step)
+        return self._collect(x, z, early)
+
+    def _collect(self, x: Tensor, z: Tensor, early: Tensor) -> list[Tensor]:
+        if self.informed:
+            return [x, z, early]
+        if self.latent is None:
+            return [x]
+        return [x, z]
 
     def forward_head(self, features: list[Tensor], pre_logits: bool = False) -> Tensor:
-        """Logits of the last exit from ``forward_features``, or its pooled map and latents (B, num_features)."""
-        x, z, z1 = features[0], features[1], features[2]
+        """Logits of the last exit from ``forward_features``, or what is pooled for them (B, num_features)."""
+        pooled = self._pool_map(features[0]) if self.latent is None else self._pool(features[0], features[1])
         if pre_logits or self.num_classes == 0:
-            return self._pool(x, z)
-        return self._exit4(x, z, self._exit2(z, self._exit1(z1)))
+            return pooled
+        if self.informed:
+            early = features[2]
+            logits = self.heads[0](early.mean(dim=1) if self.early_latents else self._pool_map(early))
+            if self.relayed:
+                logits = self.heads[1](torch.cat([features[1].mean(dim=1), self.transfers[0](logits)], dim=1))
+            pooled = torch.cat([pooled, self.transfers[-1](logits)], dim=1)
+        return self.heads[-1](pooled)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the last exit in evaluation, the tuple of every exit's in training."""
@@ -719,20 +855,18 @@ class DynPerceiver(MultiExit, nn.Module):
         take_indices, max_index = feature_take_indices(self.num_stages, indices)
         intermediates: list[Tensor] = []
         x, z = self._begin(x)
-        z1 = z
+        early = z
+        taken = 1 if self.features_before_z2x else 2  # the step of a stage behind which its map is taken
         for index in range(max_index + 1 if stop_early else self.num_stages):
-            x, z = self._run(x, z, 3 * index, 3 * index + 1)
-            if 3 * index < self.exit_steps[0]:
-                z1 = z
-            x, z = self._run(x, z, 3 * index + 1, 3 * index + 2)
-            if self.features_before_z2x and index in take_indices:
-                intermediates.append(x)
-            x, z = self._run(x, z, 3 * index + 2, 3 * index + 3)
-            if not self.features_before_z2x and index in take_indices:
-                intermediates.append(x)
+            for step in range(3):
+                x, z = self._run(x, z, 3 * index + step, 3 * index + step + 1)
+                if 3 * index + step + 1 == self.first_step:
+                    early = z if self.early_latents else x
+                if step == taken and index in take_indices:
+                    intermediates.append(x)
         if intermediates_only:
             return intermediates
-        return [x, z, z1], intermediates
+        return self._collect(x, z, early), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -748,11 +882,11 @@ class DynPerceiver(MultiExit, nn.Module):
         if not last or self.features_before_z2x:
             self.stages = self.stages[: max_index + 1]
             self.num_stages = max_index + 1
-            latent_width = self.channels[min(max_index + 1, 3)]
+            latent_width = self.latent_widths[max_index + 1]
             if self.features_before_z2x:
                 self.stages[max_index].keep_convolutions()
-                latent_width = self.channels[max_index]
-                if max_index == 0:
+                latent_width = self.latent_widths[max_index]
+                if max_index == 0 and self.latent is not None:
                     self.latent.requires_grad_(False)  # no map reads the latents
             self.num_features = self.head_hidden_size = self.channels[max_index + 1] + latent_width
             self.num_exits = 0
@@ -797,7 +931,7 @@ class DynPerceiver(MultiExit, nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Latents and key positions, as timm treats positions; the authors' recipe decays them."""
-        return {"latent"} | {name for name, _ in self.named_parameters() if name.endswith("key_position")}
+        return {name for name, _ in self.named_parameters() if name == "latent" or name.endswith("key_position")}
 
     @torch.jit.ignore
     def fuse(self, image_size: tuple[int, int] | None = None) -> "DynPerceiver":
@@ -956,6 +1090,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: DynPerceiver) -> dic
     state_dict = unwrap_state_dict(state_dict)
     if any(key.startswith("stages.") for key in state_dict):
         names = {key: (key,) for key in model.state_dict()}
+    elif model.left_out:
+        raise ValueError(
+            f"the authors' weights are those of the whole network, and this one was built with other values of "
+            f"{', '.join(model.left_out)}; leave these options out, or load weights trained with them."
+        )
     else:
         names = _public_names(model)
     head_roots = ("heads.", "transfers.", "isc", "early_classifier", "classifier_")
@@ -999,7 +1138,7 @@ def _url(share: str) -> str:
 
 
 def _create_dynperceiver(variant: str, pretrained: bool, cfg: DynPerceiverCfg, **kwargs: Any) -> DynPerceiver:
-    return build_with_checkpoint(
+    model = build_with_checkpoint(
         DynPerceiver,
         variant,
         pretrained,
@@ -1008,6 +1147,11 @@ def _create_dynperceiver(variant: str, pretrained: bool, cfg: DynPerceiverCfg, *
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
         **kwargs,
     )
+    if isinstance(model, DynPerceiver) and model.left_out:
+        roots = {"heads": model.heads, "transfers": model.transfers}
+        names = (f"{root}.{index}.fc" for root, modules in roots.items() for index in range(len(modules)))
+        model.pretrained_cfg["classifier"] = tuple(names)
+    return model
 
 
 _resnet_cfg = partial(_cfg, first_conv="stem.0.conv")

@@ -200,6 +200,7 @@ config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument("-c", "--config", default="")
 parser = argparse.ArgumentParser()
 parser.add_argument("--model")
+parser.add_argument("--model-kwargs", nargs="*", default={}, action=utils.ParseKwargs)
 parser.add_argument("--output")
 parser.add_argument("--teacher", action="store_true")
 parser.add_argument("--device-modules", nargs="+")
@@ -226,7 +227,7 @@ def main():
         torch.distributed.init_process_group("gloo")
     rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
-    model = create_model(args.model, num_classes=3)
+    model = create_model(args.model, num_classes=3, **args.model_kwargs)
     if args.teacher:
         LogitDistillationTask(model, "test_resnet", verbose=False)
     task = ClassificationTask(model=model, criterion=torch.nn.CrossEntropyLoss(), device=torch.device("cpu"))
@@ -291,6 +292,13 @@ def summary(folder: Path) -> dict[str, float]:
 def test_launcher_takes_the_models_own_loss(name, script, tmp_path):
     train.main([str(script), "--model", name, "--output", str(tmp_path)])
     check_own_loss(name, tmp_path / "run")
+
+
+def test_a_network_with_one_exit_trains_through_the_launcher(script, tmp_path):
+    options = "--model dynperceiver_test --model-kwargs early_exits=none fkt=False --output"
+    train.main([str(script), *options.split(), str(tmp_path)])
+    row = summary(tmp_path / "run")
+    assert row["eval_top1_exit1"] == row["eval_top1"] and "eval_top1_exit2" not in row
 
 
 def check_own_loss(name: str, run: Path) -> None:
