@@ -23,6 +23,7 @@ from .exits import (
     exit_latency,
     solve_thresholds,
 )
+from .timm.video import temporal_shift
 
 if TYPE_CHECKING:
     from .peft import (
@@ -56,6 +57,7 @@ __all__ = [
     "exit_latency",
     "get_dyn_peft_model",
     "solve_thresholds",
+    "temporal_shift",
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .protocol import MultiExit, State, map_state
 
-__all__ = ["frames_of", "over_clips", "sample_size"]
+__all__ = ["FrameNetwork", "frames_of", "over_clips", "sample_size"]
 
 
 def over_clips(model: nn.Module, num_frames: int) -> nn.Module:
@@ -104,6 +104,31 @@ class _ClipNetwork(_Clips):
     def forward(self, x: Tensor) -> Tensor:
         """Clips (B, T, C, H, W) to logits (B, num_classes), in either mode: what the host's trainer expects of it."""
         return self.forward_exit(0, self.begin_exits(x))[0]
+
+
+class FrameNetwork(MultiExit, nn.Module):
+    """The image network inside a clip model, for frames (B, C, H, W): its modules are the clip model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(model, _Clips):
+            raise TypeError(f"{type(model).__name__} takes images; expected a model of clips, as over_clips makes it.")
+        self.model = model
+        self.num_exits = model.num_exits
+        self.num_classes = getattr(model, "num_classes", 0)
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
+        self.train(model.training)
+
+    def begin_exits(self, x: Tensor) -> State:
+        if isinstance(self.model, _ClipNetwork):
+            return (x,)
+        return type(self.model).__bases__[1].begin_exits(self.model, x)
+
+    def forward_exit(self, index: int, state: State) -> tuple[Tensor, State]:
+        network = type(self.model).__bases__[1]
+        if isinstance(self.model, _ClipNetwork):
+            return network.forward(self.model, state[0]), ()
+        return network.forward_exit(self.model, index, state)
 
 
 @cache

@@ -5,6 +5,7 @@ for Efficient Visual Recognition" (Han et al., ICCV 2023), which puts its networ
 shifts its latents as well (appendix B). The shift has no weights: checkpoints of the image network load unchanged.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,14 @@ from timm.models import model_entrypoint, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..exits.clips import over_clips
+from ..exits.adaptive import AdaptiveModel, ExitOutput
+from ..exits.clips import FrameNetwork, over_clips
+from ..exits.policy import ExitPolicy
+from ..exits.protocol import State
 from . import dynperceiver
 from .dynperceiver import DynPerceiver
 
-__all__ = ["TemporalShift", "shift_frames", "shifts_of", "temporal_shift"]
+__all__ = ["FrameStream", "TemporalShift", "shift_frames", "shifts_of", "temporal_shift"]
 
 
 def temporal_shift(
@@ -66,6 +70,9 @@ def temporal_shift(
             "CNNs. With features=False its clips are classified by the mean over their frames."
         )
     over_clips(model, num_frames)
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and not str(config.get("architecture")).startswith("tsm_"):
+        config["architecture"] = f"tsm_{config.get('architecture')}"  # policies of the image network are not its own
     for modules, dim in ((entrances, 1), (attentions, 2)):
         for module in modules:
             module.register_forward_pre_hook(TemporalShift(num_frames, dim, online, fold_div))
@@ -123,16 +130,104 @@ class TemporalShift:
 
     def __init__(self, num_frames: int, dim: int, online: bool = False, fold_div: int = 8) -> None:
         self.num_frames, self.dim, self.online, self.fold_div = num_frames, dim, online, fold_div
+        self.memory: dict[str, Tensor] | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = inputs
+        if self.memory is not None:
+            return (self._after_the_last(x), *others)
         return (shift_frames(x, self.num_frames, self.dim, self.online, self.fold_div), *others)
+
+    def _after_the_last(self, x: Tensor) -> Tensor:
+        """One frame (1, ...) behind the frame that came here last, or the first of its clip."""
+        fold = x.shape[self.dim] // self.fold_div
+        own = x.narrow(self.dim, 0, fold)
+        before = self.memory.get("before")
+        # A copy: what lies around the channels need not be kept, and may be written to.
+        self.memory["before"] = own.clone()
+        x = x.clone()
+        x.narrow(self.dim, 0, fold).copy_(torch.zeros_like(own) if before is None else before)
+        return x
 
 
 def shifts_of(model: nn.Module) -> list[TemporalShift]:
     """The temporal shifts in a model, in the order of its modules."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return [hook for hook in hooks if isinstance(hook, TemporalShift)]
+
+
+class FrameStream:
+    """Runs a clip model on a stream, frame by frame: each leaves as soon as its exit is sure enough of the clip so far.
+
+    What a frame takes from the one before is kept where it is shifted, 1/8 of the channels there, so that a frame costs
+    what a frame costs in a clip. At an exit the logits are the mean over the last ``window`` frames that came as far.
+    Where no frame leaves early that is the clip's own consensus, and after ``num_frames`` frames of a clip every exit
+    says what the model says of the clip.
+
+    Where frames leave early, the layers behind their exits have not seen them: a later frame that goes on finds there
+    the channels of the last frame that came as far.
+
+    Args:
+        model: made by ``temporal_shift(..., online=True)``, or registered and built with ``online=True``; it is put in
+            evaluation mode. While a stream runs a frame, nothing else may run the model; copy it for other threads.
+        policy: thresholds for it.
+        window: frames in the mean, 1 for each frame's own logits; by default the model's ``num_frames``.
+
+    ``stream(frame)`` takes a frame (C, H, W) or (1, C, H, W) and returns an ExitOutput of one sample; ``reset()``
+    starts another clip.
+
+    Raises:
+        TypeError: the model takes no clips.
+        ValueError: its shift looks at the next frame, or the policy is for another model.
+    """
+
+    def __init__(self, model: nn.Module, policy: ExitPolicy, window: int | None = None) -> None:
+        frames = _StreamedNetwork(model, window)
+        self.shifts = shifts_of(model)
+        if not all(shift.online for shift in self.shifts):
+            raise ValueError(
+                "this model's shift takes channels from the next frame too, which a stream does not have yet; build "
+                "(and train) it with online=True."
+            )
+        self.adaptive = AdaptiveModel(frames, policy)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the frames so far."""
+        self.adaptive.model.reset()
+        self.memories: list[dict[str, Tensor]] = [{} for _ in self.shifts]
+
+    def __call__(self, frame: Tensor) -> ExitOutput:
+        frame = frame[None] if frame.ndim == 3 else frame
+        if len(frame) != 1:
+            raise ValueError(f"a stream takes one frame (1, C, H, W) at a time, got shape {tuple(frame.shape)}.")
+        try:
+            for shift, memory in zip(self.shifts, self.memories, strict=True):
+                shift.memory = memory
+            return self.adaptive(frame)
+        finally:
+            for shift in self.shifts:
+                shift.memory = None
+
+
+class _StreamedNetwork(FrameNetwork):
+    """The image network of a clip model, answering with the mean over the frames so far."""
+
+    def __init__(self, model: nn.Module, window: int | None) -> None:
+        super().__init__(model)
+        window = model.num_frames if window is None else window
+        if window < 1:
+            raise ValueError(f"window must be a positive number of frames, got {window}.")
+        self.window = window
+        self.reset()
+
+    def reset(self) -> None:
+        self.said: list[deque[Tensor]] = [deque(maxlen=self.window) for _ in range(self.num_exits)]
+
+    def forward_exit(self, index: int, state: State) -> tuple[Tensor, State]:
+        logits, state = super().forward_exit(index, state)
+        self.said[index].append(logits)
+        return torch.stack(tuple(self.said[index])).mean(0), state
 
 
 # Every Dyn-Perceiver, on clips, with its own weights of images. The paper's are those on ResNet.
@@ -153,9 +248,8 @@ def _register(image_name: str) -> None:
     ) -> DynPerceiver:
         if kwargs.get("features_only"):
             raise ValueError(f"{name} classifies clips; for feature maps of frames build {image_name}.")
-        model = build(pretrained, **kwargs)
-        model.pretrained_cfg["architecture"] = name
-        return temporal_shift(model, num_frames, latent, features, online=online, fold_div=fold_div)
+        image_model = build(pretrained, **kwargs)
+        return temporal_shift(image_model, num_frames, latent, features, online=online, fold_div=fold_div)
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = __name__

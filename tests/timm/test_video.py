@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 import exit_plugins
 from exit_plugins import AdaptiveModel, ExitPolicy, exit_costs
-from exit_plugins.timm.video import TemporalShift, shift_frames, shifts_of, temporal_shift
+from exit_plugins.exits.clips import FrameNetwork
+from exit_plugins.exits.policy import describe_model
+from exit_plugins.timm.video import FrameStream, TemporalShift, shift_frames, shifts_of, temporal_shift
 
 
 def shifted_by_hand(x: Tensor, num_frames: int, dim: int, online: bool = False) -> Tensor:
@@ -166,6 +168,62 @@ def test_adaptive_runs_and_compiled_ones_agree():
     torch.testing.assert_close(fused.logits, plain.logits, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_stream_says_frame_by_frame_what_the_clip_says(fuse):
+    _, video = perceivers(num_frames=4, online=True)
+    clip = torch.randn(2, 4, 3, 64, 64)
+    expected = video.forward_exits(clip)  # of the whole clip, shifted from the past alone
+    frames = [exits.unflatten(0, (2, 4)) for exits in FrameNetwork(video).forward_exits(clip.flatten(0, 1))]
+    if fuse:
+        video = video.fuse((64, 64))
+    never, last = [float("inf")] * 3, video.num_exits - 1
+    for at in range(video.num_exits):
+        policy = ExitPolicy([*never, 0], max_exit=at)
+        stream, own = FrameStream(video, policy), FrameStream(video, policy, window=1)
+        for sample in range(2):
+            stream.reset()
+            own.reset()
+            for t in range(4):
+                out = stream(clip[sample, t])
+                assert int(out.exit_index) == at
+                torch.testing.assert_close(
+                    own(clip[sample, t, None]).logits[0], frames[at][sample, t], rtol=1e-4, atol=1e-4
+                )
+            torch.testing.assert_close(out.logits[0], expected[at][sample], rtol=1e-4, atol=1e-4)
+    if not fuse:  # the model itself is as it was
+        assert torch.equal(video.forward_exits(clip)[last], expected[last])
+
+
+@torch.no_grad()
+def test_a_stream_leaves_early_frame_by_frame():
+    _, video = perceivers(num_frames=4, online=True)
+    torch.manual_seed(3)
+    frames = torch.randn(12, 3, 64, 64)
+    policy = ExitPolicy([0.0, 0, 0, 0], max_exit=3)
+    assert {int(FrameStream(video, policy)(frame).exit_index) for frame in frames} == {0}
+    # Frames 4 to 7 may leave at once: what is deeper has seen frame 3 last when frame 8 comes.
+    stream = FrameStream(video, ExitPolicy([float("inf")] * 3 + [0]), window=1)
+    skipping = FrameStream(video, ExitPolicy([float("inf")] * 3 + [0]), window=1)
+    seen = [stream(frame) for frame in frames[:4]]
+    for frame, before in zip(frames[:4], seen, strict=True):
+        assert torch.equal(skipping(frame).logits, before.logits)
+    deep = [memory["before"].clone() for memory in skipping.memories]
+    skipping.adaptive.policy = ExitPolicy([0.0, 0, 0, 0])
+    for frame in frames[4:8]:
+        assert int(skipping(frame).exit_index) == 0
+    same = [torch.equal(memory["before"], kept) for memory, kept in zip(skipping.memories, deep, strict=True)]
+    assert any(same) and not all(same)
+    skipping.adaptive.policy = ExitPolicy([float("inf")] * 3 + [0])
+    assert int(skipping(frames[8]).exit_index) == 3
+    with pytest.raises(ValueError, match="one frame"):
+        stream(frames[:2])
+    with pytest.raises(ValueError, match="online=True"):
+        FrameStream(perceivers()[1], policy)
+    with pytest.raises(TypeError, match="takes images"):
+        FrameStream(perceivers()[0], policy)
+
+
 def test_training_moves_every_parameter():
     model = timm.create_model("tsm_dynperceiver_test", num_classes=5, num_frames=2).train()
     sum(logits.square().mean() for logits in model(torch.randn(3, 2, 3, 64, 64))).backward()
@@ -180,6 +238,16 @@ def test_saved_folder_loads_again(tmp_path):
     with torch.no_grad():
         assert all(map(torch.equal, loaded.forward_exits(x), model.forward_exits(x)))
     assert len(shifts_of(loaded)) == len(shifts_of(model))
+
+
+def test_policies_of_images_are_not_for_clips():
+    image, video = perceivers()
+    policy = ExitPolicy([0.5] * 4, model=describe_model(image))
+    with pytest.raises(ValueError, match="made for architecture dynperceiver_test"):
+        AdaptiveModel(video, policy)
+    AdaptiveModel(video, ExitPolicy([0.5] * 4, model=describe_model(video)))
+    shifted = temporal_shift(timm.create_model("dynperceiver_test"))
+    assert describe_model(shifted)["architecture"] == describe_model(video)["architecture"]
 
 
 def test_what_cannot_be_shifted_is_refused():
