@@ -23,6 +23,7 @@ from .exits import (
     exit_latency,
     solve_thresholds,
 )
+from .timm.any_model import add_exits
 from .timm.video import temporal_shift
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ __all__ = [
     "MultiExitLoss",
     "RepAdapterConfig",
     "__version__",
+    "add_exits",
     "anytime_curve",
     "budgeted_curve",
     "collect_exits",

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -18,10 +19,12 @@ __all__ = [
     "check_image",
     "fold_batch_norms",
     "fold_layer_norm",
+    "fold_pair",
     "fuse_convolutions",
     "pointwise",
     "project",
     "transposed",
+    "use_matrix_products",
 ]
 
 # Leaves for FX tracing, where types and shapes are not known.
@@ -100,6 +103,20 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     return module
 
 
+def fold_pair(net: nn.Module, layer_name: str, norm_name: str) -> None:
+    """Fold the module ``norm_name`` into the module ``layer_name`` of ``net``, if they are a pair that can be folded.
+
+    The norm must be the only one to read the layer's output. An activation that is a part of the norm stays.
+    """
+    layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
+    for layer_type, norm_type, fold in _FOLDS:
+        # Other convolutions, as those that standardise their weights, are subclasses that no norm folds into.
+        plain = type(layer) in (layer_type, Conv2dSame)
+        if plain and isinstance(norm, norm_type) and norm.running_mean is not None:
+            net.set_submodule(layer_name, fold(layer.eval(), norm.eval()))
+            net.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
     """(B, C, H, W) convolved with ``weight`` (C', C, 1, 1): what ``PointwiseConv`` does."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape[0] > 4:
@@ -141,11 +158,16 @@ class PointwiseConv(nn.Conv2d):
 
 
 def fuse_convolutions(module: nn.Module) -> nn.Module:
-    """``fold_batch_norms``, and 1x1 convolutions as ``PointwiseConv``, in place; return ``module``.
+    """``fold_batch_norms`` and ``use_matrix_products``, in place; return ``module``."""
+    return use_matrix_products(fold_batch_norms(module))
+
+
+def use_matrix_products(module: nn.Module) -> nn.Module:
+    """1x1 convolutions as ``PointwiseConv``, in place; return ``module``.
 
     Fast in ``channels_last``, right in any layout.
     """
-    for parent in list(fold_batch_norms(module).modules()):
+    for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if PointwiseConv.replaces(child):
                 setattr(parent, name, PointwiseConv.of(child))

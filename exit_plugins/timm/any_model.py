@@ -1,0 +1,512 @@
+"""Exits on a network somebody else wrote: any timm classification model, cut into segments, with heads at the cuts."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import ConvNormAct, get_device_dtype
+from timm.models import generate_default_cfgs, group_parameters, register_model
+from timm.models._builder import build_model_with_cfg
+from timm.models._input import get_model_args, get_model_input_config, update_model_args
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from ..exits.protocol import MultiExit
+from ._checkpoints import read_checkpoint
+from .layers import check_image, fold_pair, use_matrix_products
+from .split import Cut, Split, find_cuts, is_layer, meta_copy, place_cuts, pool_features, trace_network
+
+__all__ = ["EarlyHead", "WithExits", "add_exits"]
+
+HEADS = ("linear", "mlp", "conv")
+TRAIN = ("all", "heads")
+
+torch.fx.wrap("check_image")
+
+
+class EarlyHead(nn.Module):
+    """Classifier of an early exit: from what a module of the network returned, (B, num_classes).
+
+    Args:
+        cut: Where it stands.
+        num_classes: Classes; 0 gives what the last linear layer would read.
+        kind: ``linear``: mean over positions, norm, linear layer. ``mlp``: a hidden layer (GELU) in between. ``conv``:
+            a 3x3 convolution with stride 2, norm and activation before the mean; on maps only. The norm is a batch norm
+            behind maps, which folds into the linear layer, and a layer norm behind tokens.
+        hidden: Width of the hidden layer, or of the convolution; the default is that of what it reads.
+        drop_rate: Dropout before the last linear layer.
+    """
+
+    def __init__(
+        self,
+        cut: Cut,
+        num_classes: int,
+        kind: str = "linear",
+        hidden: int | None = None,
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.cut = cut
+        width = cut.width
+        self.convs = nn.ModuleList()
+        if kind == "conv":
+            if not set(cut.layouts) <= {"NCHW", "NHWC"}:
+                raise ValueError(
+                    f"a conv head reads maps, and {cut.name} gives {', '.join(cut.layouts)} of shape "
+                    f"{', '.join(map(str, cut.shapes))}: use head='linear' or 'mlp'."
+                )
+            self.convs.extend(ConvNormAct(w, hidden or w, 3, stride=2, **dd) for w in cut.widths)
+            width = sum(hidden or w for w in cut.widths)
+            self.norm = nn.Identity()
+        else:
+            norm = nn.LayerNorm if "NLC" in cut.layouts else nn.BatchNorm1d
+            self.norm = norm(width, **dd)
+        self.mlp = nn.Identity()
+        if kind == "mlp":
+            self.mlp = nn.Sequential(nn.Linear(width, hidden or width, **dd), nn.GELU())
+            width = hidden or width
+        self.drop = nn.Dropout(drop_rate)
+        self.width = width
+        self.fc: nn.Module = nn.Identity()
+        self.reset(num_classes, **dd)
+
+    def reset(self, num_classes: int, device: Any = None, dtype: Any = None) -> None:
+        """A new last layer."""
+        self.fc = nn.Linear(self.width, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.fc.weight, std=0.02)
+            nn.init.zeros_(self.fc.bias)
+
+    @torch.jit.ignore  # scripted models run the network alone
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        if len(self.convs):
+            maps = [
+                conv(x if layout == "NCHW" else x.permute(0, 3, 1, 2))
+                for conv, x, layout in zip(self.convs, features, self.cut.layouts, strict=True)
+            ]
+            x = torch.cat([m.mean((2, 3)) for m in maps], dim=1)
+        else:
+            x = pool_features(features, self.cut)
+        return self.fc(self.drop(self.mlp(self.norm(x))))
+
+
+class WithExits(MultiExit, nn.Module):
+    """A timm network with early exits. The last exit is the network's own head.
+
+    The network's modules are shared, not copied; their weights are under ``backbone.``. In evaluation ``forward`` is
+    the network's own. A segment's state holds the values the network still reads behind its exit, see ``split``.
+
+    Args:
+        backbone: The network.
+        exits: How many exits there are, the last included, or the modules behind which the early ones stand, in the
+            order they run (``["layer2", "layer3"]``, or one string with commas). A number places them where the
+            segments share the MACs most evenly, behind stages and blocks.
+        head: ``linear``, ``mlp`` or ``conv``, see ``EarlyHead``; or a function of the ``Cut`` and the number of classes
+            that makes a module, called with the tuple of tensors which the module at the cut returned. It may have a
+            method ``reset(num_classes, device, dtype)``; without one it is made anew for other classes.
+        head_hidden: Width inside ``mlp`` and ``conv`` heads.
+        head_drop_rate: Dropout in early heads.
+        train: ``all``, or ``heads``: the network is frozen, and in evaluation mode at all times, so that its own
+            answers stay as they are to the bit.
+        heads_first: With ``train="all"``: the share of training in which the network is frozen nonetheless. The trainer
+            says how far it is by ``set_progress``.
+        new_classifier: Whether the network's classifier is untrained, and so learns while the rest is frozen.
+
+    Raises:
+        ValueError: An argument does not fit, or the network cannot be cut there; the message says why.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        exits: int | str | Sequence[str] = 4,
+        head: str | Callable[[Cut, int], nn.Module] = "linear",
+        head_hidden: int | None = None,
+        head_drop_rate: float = 0.0,
+        train: str = "all",
+        heads_first: float = 0.0,
+        new_classifier: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, MultiExit):
+            raise ValueError(f"{type(backbone).__name__} has exits of its own.")
+        if not callable(head) and head not in HEADS:
+            raise ValueError(f"unknown head {head!r}; choose one of {', '.join(HEADS)}, or give a function.")
+        if train not in TRAIN:
+            raise ValueError(f"unknown train={train!r}; choose one of {', '.join(TRAIN)}.")
+        if not 0.0 <= heads_first < 1.0:
+            raise ValueError(f"heads_first is a share of training, 0 or more and below 1; got {heads_first}.")
+        if getattr(backbone, "num_classes", None) is None or not hasattr(backbone, "reset_classifier"):
+            raise ValueError(
+                f"expected a timm classification model, which has num_classes and reset_classifier; got a "
+                f"{type(backbone).__name__}."
+            )
+        self.backbone = backbone
+        self.exit_names = _place_exits(backbone, exits)
+        self.num_exits = len(self.exit_names) + 1
+        self.in_chans = get_model_input_config(backbone)["input_size"][0]
+        self.num_features = backbone.num_features
+        self.head_hidden_size = getattr(backbone, "head_hidden_size", backbone.num_features)
+        self._head = (head, head_hidden, head_drop_rate)
+        self.train_mode, self.heads_first, self.new_classifier = train, heads_first, new_classifier
+        self.fused = self.grad_checkpointing = False
+        self.num_classes = 0
+        self.split = Split(backbone, self.exit_names)
+        self._fine: tuple[Split, tuple[int, ...]] | None = None
+        self.heads = nn.ModuleList()
+        self._make_heads(backbone.num_classes)
+        self.feature_info = [
+            {**info, "module": f"backbone.{info['module']}"} if "module" in info else info
+            for info in getattr(backbone.feature_info, "info", backbone.feature_info)
+        ]
+        self.frozen = False
+        self._thawed: set[str] = set()
+        if train == "heads":
+            self._freeze()
+        self.train(backbone.training)
+
+    def _make_heads(self, num_classes: int) -> None:
+        kind, hidden, drop_rate = self._head
+        dd = get_device_dtype(self.backbone)
+        if callable(kind):
+            heads = [kind(cut, num_classes).to(**dd) for cut in self.split.cuts]
+        else:
+            heads = [EarlyHead(cut, num_classes, kind, hidden, drop_rate, **dd) for cut in self.split.cuts]
+        self.heads = nn.ModuleList(heads).train(self.training)
+        self.num_classes = num_classes
+
+    # Freezing
+
+    def _freeze(self) -> None:
+        learning = {name for name, p in self.backbone.named_parameters() if p.requires_grad}
+        self._thawed = self._thawed if self.frozen else learning
+        self.frozen = True
+        self.backbone.requires_grad_(False)
+        if self.new_classifier:
+            for module in _classifiers(self.backbone):
+                module.requires_grad_(True)
+        self.train(self.training)
+
+    def _thaw(self) -> None:
+        self.frozen = False
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name in self._thawed)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "WithExits":
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def set_progress(self, progress: float) -> None:
+        """Tell the model how far training is, 0 to 1: with ``heads_first``, what learns depends on it.
+
+        Make the optimizer before the first call: parameters that are frozen by then are no part of timm's optimizers.
+        """
+        if self.heads_first and self.train_mode == "all":
+            frozen = progress < self.heads_first
+            if frozen != self.frozen:
+                self._freeze() if frozen else self._thaw()
+
+    # The protocol
+
+    def begin_exits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """State before the first segment: the images (B, C, H, W), checked."""
+        if self.num_exits == 0:
+            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+        return (check_image(x, self.in_chans, 1),)
+
+    def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits (B, num_classes) of exit ``index`` and the state the next segment starts from; none after the last."""
+        if not 0 <= index < self.num_exits:
+            raise IndexError(f"this model has exits 0 to {self.num_exits - 1}, got {index}.")
+        if self.grad_checkpointing and self.backbone.training and torch.is_grad_enabled():
+            features, state = self._run_checkpointed(index, state)
+        else:
+            features, state = self.split.run(self.backbone, index, state)
+        if index == self.num_exits - 1:
+            return features[0], state
+        return self.heads[index](features), state
+
+    def _run_checkpointed(self, index: int, state: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+        fine, ends = self._fine
+        features: Any = ()
+        for piece in range(ends[index - 1] if index else 0, ends[index]):
+            features, state = checkpoint(fine.run, self.backbone, piece, state, use_reentrant=False)
+        return features, state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the last exit in evaluation, the tuple of every exit's in training."""
+        if self.training and self.num_exits > 0 and not torch.jit.is_scripting():
+            return self.forward_exits(x)
+        return self.backbone(x)
+
+    # What timm's tools ask of a model, from the network
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.backbone.forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+    @torch.jit.ignore
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The network's own."""
+        return self.backbone.forward_intermediates(x, *args, **kwargs)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """The network's own; the exits go with it."""
+        kept = self.backbone.prune_intermediate_layers(*args, **kwargs)
+        self.heads, self.exit_names, self.num_exits = nn.ModuleList(), (), 0
+        return kept
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return nn.ModuleList([*(getattr(head, "fc", head) for head in self.heads), *_classifiers(self.backbone)])
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give every exit a new classifier for ``num_classes``, 0 for none."""
+        if num_classes > 0 and self.num_exits == 0:
+            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+        arguments = {} if global_pool is None else {"global_pool": global_pool}
+        self.backbone.reset_classifier(num_classes, **arguments)
+        self.backbone.num_classes = num_classes
+        self.new_classifier = True
+        if self.num_exits:
+            self.split = Split(self.backbone, self.exit_names)
+        self.set_grad_checkpointing(self.grad_checkpointing)
+        if all(hasattr(head, "reset") for head in self.heads):
+            for head in self.heads:
+                head.reset(num_classes, **get_device_dtype(self.backbone))
+        else:
+            self._make_heads(num_classes)
+        self.num_classes = num_classes
+        if self.frozen:
+            self._freeze()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what passes between stages and blocks for the backward pass, and compute the rest again."""
+        self.grad_checkpointing = enable
+        self._fine = None
+        if enable and self.num_exits:
+            names = [cut.name for cut in find_cuts(self.backbone, also=self.exit_names)]
+            ends = (*(names.index(name) + 1 for name in self.exit_names), len(names) + 1)
+            self._fine = (Split(self.backbone, names), ends)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """Groups of the network's layers for layer-wise learning rates; early heads are with the classifier."""
+        groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
+        last = max(groups.values(), default=0)
+
+        def group(name: str) -> tuple[float, ...]:
+            return (groups.get(name.removeprefix("backbone."), last),)
+
+        return group
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        own = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in own()}
+
+    @torch.jit.ignore
+    def fuse(self) -> "WithExits":
+        """Change the model in place into its form for inference, with the same outputs up to rounding; return it.
+
+        Blocks that timm can reparameterise are, batch norms are folded into the convolutions right before them (as the
+        traced graph shows, not the order of registration), and pointwise convolutions become matrix products where that
+        is faster. The state dict changes with it.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("fuse() folds batch norms with their running statistics: call model.eval() first.")
+        if not self.fused:
+            self.fused = True
+            self.backbone = reparameterize_model(self.backbone, inplace=True)
+            use_matrix_products(_fold_batch_norms(self.backbone, self.exit_names))
+            if self.num_exits:
+                self.split = Split(self.backbone, self.exit_names)
+        return self
+
+
+def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:
+    """Fold each batch norm into the convolution whose output it alone reads, as a trace shows; return ``net``."""
+    graph, calls = trace_network(meta_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False))
+    read_by_heads = {leaf.node for name in exit_names for leaf in tree_leaves(calls[name][0][0])}
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, torch.fx.Node) or before.op != "call_module":
+            continue
+        alone = len(before.users) == 1 and before not in read_by_heads
+        if alone and len(calls[node.target]) == len(calls[before.target]) == 1:
+            fold_pair(net, before.target, node.target)
+    return net
+
+
+def _classifiers(backbone: nn.Module) -> list[nn.Module]:
+    found = backbone.get_classifier()
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def _place_exits(backbone: nn.Module, exits: int | str | Sequence[str]) -> tuple[str, ...]:
+    """Names of the modules behind which early exits stand."""
+    if isinstance(exits, str):
+        exits = [name.strip() for name in exits.split(",") if name.strip()]
+    if not isinstance(exits, int):
+        if not exits:
+            raise ValueError("exits names no module; give at least one, or the number of exits.")
+        return tuple(exits)
+    if exits < 2:
+        raise ValueError(f"exits counts all exits, the network's own head included: 2 or more, got {exits}.")
+    return tuple(cut.name for cut in place_cuts(backbone, exits - 1))
+
+
+def _prefixed(names: Any) -> Any:
+    """Names of the network's modules, as the model with exits has them."""
+    if isinstance(names, (tuple, list)):
+        return tuple(f"backbone.{name}" for name in names)
+    return names and f"backbone.{names}"
+
+
+def _configuration(model: WithExits) -> dict[str, Any]:
+    """The network's pretrained configuration, as the model with exits has it."""
+    cfg = dict(getattr(model.backbone, "pretrained_cfg", None) or {})
+    for key in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "tag"):
+        cfg.pop(key, None)
+    classifier = _prefixed(cfg.get("classifier")) or ()
+    own = tuple(
+        f"heads.{index}.fc" if isinstance(head, EarlyHead) else f"heads.{index}"
+        for index, head in enumerate(model.heads)
+    )
+    cfg["architecture"] = "with_exits"
+    cfg["classifier"] = (*own, *([classifier] if isinstance(classifier, str) else classifier))
+    cfg["first_conv"] = _prefixed(cfg.get("first_conv"))
+    return cfg
+
+
+def add_exits(
+    model: nn.Module,
+    exits: int | str | Sequence[str] = 4,
+    head: str | Callable[[Cut, int], nn.Module] = "linear",
+    train: str = "all",
+    num_classes: int | None = None,
+    **kwargs: Any,
+) -> WithExits:
+    """Give a trained timm network early exits: the same modules and weights, and new heads at the cuts.
+
+    Args:
+        model: A timm classification model. It becomes the new model's ``backbone``, and stays usable by itself.
+        exits, head, train: See ``WithExits``.
+        num_classes: Another number of classes: the network's classifier is replaced by a new one. None keeps it.
+        kwargs: Further arguments of ``WithExits``.
+
+    Raises:
+        ValueError: The network cannot be cut there, or an argument does not fit; the message says why.
+    """
+    if num_classes is not None and num_classes != getattr(model, "num_classes", None):
+        model.reset_classifier(num_classes)
+        kwargs.setdefault("new_classifier", True)
+    result = WithExits(model, exits, head, train=train, **kwargs)
+    result.pretrained_cfg = result.default_cfg = _configuration(result)
+    _remember(result, head=head, train=train, **kwargs)
+    return result
+
+
+def _remember(model: WithExits, **arguments: Any) -> None:
+    """Keep what timm needs to build ``model`` again from a saved folder, and to read its input."""
+    backbone = model.backbone
+    first_conv = _prefixed((getattr(backbone, "pretrained_cfg", None) or {}).get("first_conv"))
+    model._traits = {**getattr(backbone, "_traits", {}), "first_conv": first_conv}
+    name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
+    arguments = {**get_model_args(backbone), **arguments, "backbone": name, "exits": list(model.exit_names)}
+    update_model_args(model, **arguments)
+
+
+def _create_with_exits(
+    variant: str,
+    pretrained: bool,
+    backbone: str,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the network by timm, and the model with exits around it.
+
+    ``pretrained`` weights are the network's own, unless a configuration of the whole model is given (a saved folder, a
+    hub repository) or a file whose weights are those of the whole model.
+    """
+    own = {key: kwargs.pop(key) for key in _ARGUMENTS if key in kwargs}
+    features = {key: kwargs.pop(key) for key in ("features_only", "out_indices", "feature_cls") if key in kwargs}
+    given = pretrained_cfg if isinstance(pretrained_cfg, dict) else None
+    overlay = dict(pretrained_cfg_overlay or {})
+    file = None if overlay.get("custom_load") else overlay.get("file")
+    if pretrained and file:
+        overlay["state_dict"] = read_checkpoint(file)
+    whole = given is not None or any(key.startswith("backbone.") for key in overlay.get("state_dict") or ())
+    net = timm.create_model(
+        backbone,
+        pretrained=pretrained and not whole,
+        pretrained_cfg_overlay=None if whole else overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    _forget_weights(net, file)
+    source_classes = (given or {}).get("num_classes", net.pretrained_cfg.get("num_classes"))
+    model = WithExits(net, new_classifier=net.num_classes not in (0, source_classes), **own)
+    cfg = {**_configuration(model), **(given or {}), **(overlay if whole else {})}
+    _remember(model, **own)
+    model = build_model_with_cfg(
+        lambda **_: model,
+        variant,
+        pretrained and whole,
+        pretrained_cfg=cfg,
+        feature_cfg=dict(out_indices=tuple(range(len(model.feature_info))), feature_cls="getter"),
+        cache_dir=cache_dir,
+        in_chans=model.in_chans,
+        **features,
+    )
+    _forget_weights(model, file)
+    return model
+
+
+def _forget_weights(model: nn.Module, file: Any) -> None:
+    """The weights are in the model; its configuration need not hold them a second time."""
+    if model.pretrained_cfg.pop("state_dict", None) is not None and file:
+        model.pretrained_cfg["file"] = str(file)
+
+
+_ARGUMENTS = ("exits", "head", "head_hidden", "head_drop_rate", "train", "heads_first")
+
+default_cfgs = generate_default_cfgs({"with_exits.untrained": {}, "with_exits_test.untrained": {}})
+
+
+@register_model
+def with_exits(pretrained: bool = False, backbone: str = "resnet18", **kwargs: Any) -> WithExits:
+    """Any timm network with early exits.
+
+    Args:
+        pretrained: Load the network's pretrained weights.
+        backbone: Name of the network, as in ``timm.create_model``.
+        kwargs: Arguments of ``WithExits`` (``exits``, ``head``, ``train``, ...); all others go to the network.
+    """
+    return _create_with_exits("with_exits", pretrained, backbone, **kwargs)
+
+
+@register_model
+def with_exits_test(pretrained: bool = False, **kwargs: Any) -> WithExits:
+    """A very small residual network with three exits, for tests and first steps."""
+    args = {"exits": 3} if "backbone" in kwargs else {"exits": 3, "backbone": "test_resnet", "zero_init_last": False}
+    return _create_with_exits("with_exits_test", pretrained, **{**args, **kwargs})
