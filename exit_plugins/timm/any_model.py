@@ -122,6 +122,8 @@ class WithExits(MultiExit, nn.Module):
         ValueError: An argument does not fit, or the network cannot be cut there; the message says why.
     """
 
+    exit_loss = "msdnet"  # every exit weighs the same
+
     def __init__(
         self,
         backbone: nn.Module,
