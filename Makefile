@@ -10,7 +10,6 @@ DATA ?= digits
 EXPERIMENTS_DATA ?= datasets
 ONLY ?=
 JOBS ?= 2
-MMCV := onedl-mmcv==2.3.6
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-all demo test test-hosts experiments experiments-small lint clean
@@ -34,24 +33,14 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -e ".[plots]"
 	touch $@
 
-# MMDetection's ops must be compiled against the torch that is installed, and so before pip resolves the extra:
-# left to itself, pip builds mmcv in isolation, without torch, and silently without its ops.
-# torch >= 2.14 needs C++20 while mmcv's build appends -std=c++17; the wrapper has the last word.
-# With a GPU they are compiled for it, which takes nvcc; without nvcc the GPU is hidden, or the build would stop.
+# MMDetection's operators are compiled against the torch that is installed, before pip resolves the extras.
 # They belong to this torch: after another one is installed, remove .venv/.mmcv.
 $(VENV)/.mmcv: | $(VENV)/.installed
-	$(PIP) install "setuptools>=80" wheel ninja packaging "numpy<2.3"
-	printf '#!/bin/sh\nexec g++ "$$@" -std=c++20\n' > $(BIN)/g++-c++20
-	chmod +x $(BIN)/g++-c++20
-	command -v nvcc >/dev/null || export CUDA_VISIBLE_DEVICES=; \
-	PATH="$(CURDIR)/$(BIN):$$PATH" CPPFLAGS=-g0 MAX_JOBS=$(JOBS) CXX="$(CURDIR)/$(BIN)/g++-c++20" \
-		$(PIP) install --no-build-isolation --no-deps --no-cache-dir --force-reinstall $(MMCV)
+	$(BIN)/python -m exit_plugins.install_mmdet --jobs $(JOBS)
 	touch $@
 
-# Two OpenCV wheels arrive and the one with a GUI, which needs libGL, would win: the headless one is laid over it last.
 $(VENV)/.installed-all: pyproject.toml $(VENV)/.installed $(VENV)/.mmcv
 	$(PIP) install -e ".[all]"
-	$(PIP) install --force-reinstall --no-deps opencv-python-headless==4.12.0.88
 	$(BIN)/python -c "import exit_plugins.mmdet, mmcv.ops, mmdet, peft, transformers, onnxruntime, openvino"
 	touch $@
 

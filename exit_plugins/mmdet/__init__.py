@@ -6,15 +6,13 @@ Importing it checks that mmcv has its compiled operators, because MMDetection do
 from importlib import import_module
 
 _INSTALL_OPS = """\
-Compile them against the torch that is installed (about 5 minutes; "Detect" in README.md explains each part):
-    pip install "setuptools>=80" wheel ninja packaging
-    printf '#!/bin/sh\\nexec g++ "$@" -std=c++20\\n' > g++20 && chmod +x g++20
-    CXX=$PWD/g++20 pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "onedl-mmcv>=2.3.6,<2.4"\
+Compile them against the torch that is installed (5 to 10 minutes, a C++ compiler):
+    python -m exit_plugins.install_mmdet\
 """
 
 
 def check_mmcv_operators() -> None:
-    """Raise RuntimeError, with the commands that help, unless mmcv and its compiled operators can be imported.
+    """Raise RuntimeError, with the command that helps, unless mmcv and its compiled operators can be imported.
 
     It is no ImportError, which MMEngine replaces by one that names the module alone.
     """
