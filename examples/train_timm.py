@@ -37,7 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", help="where a timm dataset lies")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the dataset")
     parser.add_argument("--train-split", default="train")
-    parser.add_argument("--val-split", default="validation")
+    parser.add_argument("--val-split", help="default: validation, or test where there is none")
+    parser.add_argument("--holdout", type=float, metavar="SHARE", help="cut the splits that are missing from the data")
     parser.add_argument("--model", default="dynperceiver_test", choices=list_models(clips=False), metavar="MODEL")
     parser.add_argument("--img-size", type=int, help="default: the model's own")
     parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="default: the model's own")
@@ -69,11 +70,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def open_views(args: argparse.Namespace) -> tuple[list[ImageView], int]:
     """Training and validation split and the number of classes."""
     download = {"download": True} if args.download else {}
-    views = [open_dataset(args.data, split, args.data_dir, **download) for split in (args.train_split, args.val_split)]
-    classes = [class_names(view) for view in views]
-    if classes[0] != classes[1]:
-        raise ValueError(f"the splits of {args.data} differ in their classes: {classes[0][:5]}... {classes[1][:5]}...")
-    return views, len(classes[0])
+    splits = (args.train_split, args.val_split or ("validation", "test"))
+    views = [open_dataset(args.data, split, args.data_dir, args.holdout, args.seed, **download) for split in splits]
+    return [views[0], views[1].with_classes(class_names(views[0]))], len(class_names(views[0]))
 
 
 def make_loaders(args: argparse.Namespace, model: torch.nn.Module, views: list[ImageView]) -> tuple:

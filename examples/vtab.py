@@ -24,7 +24,6 @@ import numpy as np
 import timm
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -41,7 +40,8 @@ from exit_plugins import (
     solve_thresholds,
 )
 from exit_plugins.exits.evaluation import evaluate_policy
-from exit_plugins.timm.data import ImageView, class_names, open_dataset
+from exit_plugins.timm.data import class_names, open_dataset
+from exit_plugins.timm.images import read_image
 
 # The 19 sets, their groups and numbers of classes.
 VTAB = {
@@ -98,8 +98,7 @@ class ListFile(Dataset):
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        image = read_image(path).convert("RGB")
         return (self.transform(image) if self.transform else image), label
 
 
@@ -144,8 +143,7 @@ def cut_sets(spec: str, args: argparse.Namespace) -> tuple[dict[str, Dataset], i
         val = np.concatenate([order[labels == c][args.shots : 2 * args.shots] for c in np.unique(labels)])
     if len(train) == 0 or len(val) == 0:
         raise ValueError(f"{spec} has {len(whole)} training images, too few for a training and a validation part.")
-    parts = {"train": ImageView(whole.base, whole.index[train]), "val": ImageView(whole.base, whole.index[val])}
-    return {**parts, "test": test}, len(class_names(whole))
+    return {"train": whole.subset(train), "val": whole.subset(val), "test": test}, len(class_names(whole))
 
 
 class Transformed(Dataset):

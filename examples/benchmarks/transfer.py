@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from exit_plugins import AdaptiveModel, DynPeftModel, collect_exits, exit_costs, solve_thresholds
 from exit_plugins.exits.evaluation import cka, evaluate_policy
-from exit_plugins.timm.data import ImageView, class_names, open_dataset
+from exit_plugins.timm.data import class_names, open_dataset
 
 METHODS = ("lora", "repadapter", "bottleneck")
 
@@ -46,7 +46,7 @@ def open_tensors(args: argparse.Namespace) -> tuple[dict[str, TensorDataset], in
     transform = create_transform(size, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic", crop_pct=1.0)
     order, sets, start = np.random.default_rng(args.seed).permutation(len(whole)), {}, 0
     for name, count in (("train", args.train), ("calibration", args.calibration), ("test", args.test)):
-        view = ImageView(whole.base, whole.index[order[start : start + count]], transform)
+        view = whole.subset(order[start : start + count]).with_transform(transform)
         images, labels = zip(*DataLoader(view, batch_size=256), strict=True)
         sets[name], start = TensorDataset(torch.cat(images), torch.cat(labels)), start + count
     return sets, len(class_names(whole))

@@ -20,29 +20,28 @@ from .common import (
     add_cost_arguments,
     add_data_arguments,
     add_json_argument,
-    add_model_arguments,
     amount,
-    collect,
     costs_of,
-    fit_table,
     is_main,
     open_data,
-    open_model,
     percent,
     print_json,
     print_table,
     start_processes,
 )
+from .models import add_force_argument, add_model_arguments, data_config, known_model, match_classes, open_model
+from .tables import check_table, check_weights, collect, fit_table, overlap_note, overlap_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    add_data_arguments(parser, split="validation")
+    add_data_arguments(parser, splits=("validation", "test"))
     add_confidence_arguments(parser)
     add_cost_arguments(parser)
     parser.add_argument("--table", metavar="FILE", help="evaluate this exit table instead of running the model")
     parser.add_argument("--save-table", metavar="FILE", help="write the exit table (.npz), for solve and report")
     parser.add_argument("--policy", metavar="FILE", help="evaluate this policy too")
+    add_force_argument(parser)
     add_json_argument(parser)
 
 
@@ -51,28 +50,34 @@ def run(args: argparse.Namespace) -> int:
     measure = args.measure or (policy.measure if policy else "max_softmax")
     if args.table:
         table = ExitTable.load(args.table)
-        model = open_model(args, needs_weights=False)
+        known = known_model(args, policy, table)
+        model = open_model(args, known, needs_weights=False)
+        check_table(table, model)
+        config = data_config(args, model, known)
         if args.measure and args.measure != table.measure:
             table = table.with_confidence(args.measure)
     else:
         if not args.data:
             raise ValueError("give --data to run the model on, or --table with a table that evaluate wrote.")
         start_processes(args)
+        known = known_model(args, policy)
         data, names = open_data(args)
-        model = open_model(args, num_classes=len(names) or None)
+        model = open_model(args, known, num_classes=len(names) or None)
+        config = data_config(args, model, known)
         temperatures = policy.temperatures.tolist() if policy else None
-        table = collect(model, data, args, measure, temperatures, save=args.save_table)
+        data = match_classes(data, model, known)
+        table, _ = collect(model, data, args, config, measure, temperatures, save=args.save_table)
     if not is_main():
         return 0
-    if table.num_exits != model.num_exits:
-        raise ValueError(f"the table has {table.num_exits} exits and {args.model} has {model.num_exits}.")
-    costs, unit = costs_of(args, model)
+    costs, unit = costs_of(args, model, config)
     anytime, honest = anytime_curve(table, costs), calibration(table)
     ensemble = ensemble_curve(table, costs) if table.logits is not None else None
     result = None
     if policy is not None:
         policy.check_model(model)
+        check_weights(policy, (table.about or {}).get("weights"), args.force)
         result = evaluate_policy(policy, fit_table(table, policy), costs)
+        overlap = policy.overlap(table)
     if args.json:
         print_json(
             {
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 "cost_unit": unit,
                 "exits": [{**p.to_dict(), **c.to_dict()} for p, c in zip(anytime, honest, strict=True)],
                 "ensemble": None if ensemble is None else [p.to_dict() for p in ensemble],
-                "policy": None if result is None else result.to_dict(),
+                "policy": None if result is None else {**result.to_dict(), **overlap_record(overlap)},
             }
         )
         return 0
@@ -102,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(head, rows)
     if result is not None:
         low, high = result.interval
+        if overlap:
+            print(f"\nno test: {overlap_note(overlap, table)}")
         print(
             f"\npolicy {args.policy}: accuracy {percent(result.accuracy)} [{100 * low:.1f}, {100 * high:.1f}], "
             f"mean cost {amount(result.cost, unit)} ({percent(result.cost / costs[-1])} of the last exit)"

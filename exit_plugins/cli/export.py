@@ -11,25 +11,24 @@ example:
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from ..exits import export
-from ..exits.policy import ExitPolicy
+from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.table import collect_exits
-from .common import (
-    add_data_arguments,
-    add_json_argument,
+from .common import add_data_arguments, add_json_argument, make_loader, open_data, percent, print_json, print_table
+from .models import (
+    add_force_argument,
     add_model_arguments,
     data_config,
-    make_loader,
-    open_data,
+    known_model,
+    match_classes,
     open_model,
-    percent,
-    print_json,
-    print_table,
+    whole,
 )
+from .tables import check_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--single-file", action="store_true", help="one ONNX file with the early exits inside")
     parser.add_argument("--int8", metavar="FOLDER", help="also write an int8 export here (needs --data)")
     parser.add_argument(
-        "--calibration", type=int, default=128, metavar="N", help="images int8 ranges are set on (default: %(default)s)"
+        "--calibration",
+        type=whole(1),
+        default=128,
+        metavar="N",
+        help="images int8 ranges are set on (default: %(default)s)",
     )
-    add_data_arguments(parser, split="validation")
+    add_data_arguments(parser, splits=("validation",))
+    add_force_argument(parser)
     add_json_argument(parser)
 
 
@@ -52,15 +56,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--single-file is one float32 ONNX file; leave out --format openvino and --int8.")
     if args.int8 and (args.format != "onnx" or not args.data):
         raise ValueError("--int8 quantises an ONNX export on images: give --format onnx and --data.")
-    model = open_model(args, num_classes=(policy.model or {}).get("num_classes")).cpu()
-    size = data_config(args, model)["input_size"]
+    known = known_model(args, policy)
+    model = open_model(args, known).cpu()
+    policy.check_model(model)
+    check_weights(policy, weights_digest(model), args.force)
+    config = data_config(args, model, known)
+    size = config["input_size"]
     if args.single_file:
         export.export_graph(model, policy, args.output, size)
     else:
         export.export_segments(model, policy, args.output, size, args.format)
     report = {"written": _written(Path(args.output)), "input_size": list(size), "verified": True}
     if args.int8:
-        report["int8"] = _quantise(args, model)
+        report["int8"] = _quantise(args, match_classes(open_data(args)[0], model, known), config)
         report["written"] += _written(Path(args.int8))
     if args.json:
         print_json(report)
@@ -76,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _quantise(args: argparse.Namespace, model: torch.nn.Module) -> dict:
-    data, _ = open_data(args)
-    config = data_config(args, model)
+def _quantise(args: argparse.Namespace, data: Any, config: dict[str, Any]) -> dict:
     batches, count = [], 0
     for images, _ in make_loader(data, args, config):
         batches.append(images[: args.calibration - count])

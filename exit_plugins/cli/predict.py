@@ -1,24 +1,39 @@
 """Classify images under a policy: label, confidence, exit taken and time of each.
 
 Every image is run alone, as a service would, so the time is what it took to reach its exit. The model is the one the
-policy was made for.
+policy was made for. Rows are printed as they come; a file that cannot be read is named on stderr, the others go on, and
+the exit status is then 1.
 
 example:
   exit-plugins predict photos/*.jpg --policy policy.json --checkpoint model.safetensors --class-names names.txt
 """
 
 import argparse
+import json
+import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import ImageNetInfo, create_transform
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from torch import nn
 
 from ..exits.adaptive import AdaptiveModel
-from ..exits.policy import ExitPolicy
-from ..timm.data import class_names, open_dataset
-from .common import add_json_argument, add_model_arguments, amount, data_config, open_model, print_json, print_table
+from ..exits.policy import ExitPolicy, weights_digest
+from ..timm.images import EXTENSIONS, MODES, UnreadableImage, read_image
+from .common import add_json_argument, amount
+from .models import (
+    add_force_argument,
+    add_model_arguments,
+    class_names_of,
+    data_config,
+    known_model,
+    model_classes,
+    open_model,
+)
+from .tables import check_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,93 +43,120 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-names",
         metavar="FILE",
-        help="text file with one class a line, or data as in --data (its classes' names)",
+        help="text file with one class a line, or data as in --data, for its classes (default: the policy's)",
     )
     parser.add_argument("--data-dir", metavar="DIR", help="where timm data sets lie")
+    add_force_argument(parser)
     add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     policy = ExitPolicy.load(args.policy)
-    about = policy.model or {}
-    name = args.model or about.get("architecture")
-    if name is None:
+    shown, args.class_names = class_names_of(args), None  # names to print, whatever the policy calls the classes
+    known = known_model(args, policy)
+    if args.model is None and known["architecture"] is None:
         raise ValueError("this policy does not say what model it is for; give --model.")
     paths = _image_files(args.images)
-    model = open_model(args, name, num_classes=about.get("num_classes"))
-    names = _names(args, model.num_classes)
-    adaptive = AdaptiveModel(model, policy)
-    transform = create_transform(**{**data_config(args, model), "is_training": False})
-    device = next(model.parameters()).device
-    found = []
-    for i, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                pixels = transform(image.convert("RGB"))[None].to(device)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is not an image PIL can read.") from error
-        if i == 0:
-            adaptive(pixels)  # the first run pays for set-up that is no image's
-        start = time.perf_counter()
-        out = adaptive(pixels)
-        answer = int(out.logits[0].argmax())  # waits for the device
-        seconds = time.perf_counter() - start
-        found.append(
-            {
+    model = open_model(args, known)
+    policy.check_model(model)
+    check_weights(policy, weights_digest(model), args.force)
+    names = _names(model, known, shown)
+    answers = _Answers(model, policy, data_config(args, model, known), names)
+    rows = answers.of(paths)
+    if args.json:
+        _print_json(rows)
+    else:
+        _print_rows(rows, paths, names, policy.num_exits)
+    return 1 if answers.failed else 0
+
+
+class _Answers:
+    """Classifies files one by one."""
+
+    def __init__(self, model: nn.Module, policy: ExitPolicy, config: dict[str, Any], names: Sequence[str]) -> None:
+        self.adaptive = AdaptiveModel(model, policy)
+        self.transform = create_transform(**{**config, "is_training": False})
+        self.mode = MODES.get(config["input_size"][0])
+        if self.mode is None:
+            raise ValueError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}.")
+        self.device = next(model.parameters()).device
+        self.names = names
+        self.failed = 0
+
+    def of(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+        """A row for each file that can be read; the others are named on stderr and counted."""
+        warm = False
+        for path in paths:
+            try:
+                pixels = self.transform(read_image(path).convert(self.mode))[None].to(self.device)
+            except UnreadableImage as error:
+                self.failed += 1
+                print(f"exit-plugins predict: {error}", file=sys.stderr)
+                continue
+            if not warm:
+                self.adaptive(pixels)  # the first run pays for set-up that is no image's
+                warm = True
+            start = time.perf_counter()
+            out = self.adaptive(pixels)
+            answer = int(out.logits[0].argmax())  # waits for the device
+            seconds = time.perf_counter() - start
+            yield {
                 "image": str(path),
                 "class": answer,
-                "label": names[answer] if answer < len(names) else str(answer),
+                "label": self.names[answer],
                 "confidence": None if torch.isnan(out.confidence[0]) else float(out.confidence[0]),
                 "exit": int(out.exit_index[0]) + 1,
                 "seconds": seconds,
             }
-        )
-    if args.json:
-        print_json(found)
-        return 0
-    print_table(
-        ["image", "label", "confidence", "exit", "time"],
-        [
-            [
-                row["image"],
-                row["label"],
-                "NaN" if row["confidence"] is None else f"{row['confidence']:.3f}",
-                f"{row['exit']}/{policy.num_exits}",
-                amount(row["seconds"], "s"),
-            ]
-            for row in found
-        ],
-    )
-    return 0
+
+
+def _print_json(rows: Iterable[dict[str, Any]]) -> None:
+    """A JSON list, row by row, closed whatever happens."""
+    print("[", end="")
+    try:
+        for number, row in enumerate(rows):
+            print("," * (number > 0) + "\n  " + json.dumps(row, allow_nan=False), end="", flush=True)
+    finally:
+        print("\n]")
+
+
+def _print_rows(rows: Iterable[dict[str, Any]], paths: Sequence[Path], names: Sequence[str], num_exits: int) -> None:
+    """A table whose columns are as wide as anything that may come."""
+    widths = (max(5, *(len(str(path)) for path in paths)), max(5, *map(len, names)), 10, 4, 8)
+
+    def show(*cells: str) -> None:
+        image, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        print("  ".join([image.strip().ljust(widths[0]), *others]).rstrip(), flush=True)
+
+    show("image", "label", "confidence", "exit", "time")
+    for row in rows:
+        sure = "NaN" if row["confidence"] is None else f"{row['confidence']:.3f}"
+        show(row["image"], row["label"], sure, f"{row['exit']}/{num_exits}", amount(row["seconds"], "s"))
 
 
 def _image_files(arguments: list[str]) -> list[Path]:
-    endings = set(Image.registered_extensions())
+    """The files named and those in the folders named; a file that is not there is found out when it is read."""
     paths = []
     for argument in map(Path, arguments):
         if argument.is_dir():
-            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in endings)
+            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in EXTENSIONS)
             if not inside:
                 raise ValueError(f"no images in {argument}.")
             paths += inside
-        elif argument.is_file():
-            paths.append(argument)
         else:
-            raise FileNotFoundError(f"no image at {argument}.")
+            paths.append(argument)
     return paths
 
 
-def _names(args: argparse.Namespace, num_classes: int) -> list[str]:
-    if args.class_names is None:
-        if num_classes == 1000:
-            info = ImageNetInfo()
-            return [info.index_to_description(i) for i in range(1000)]
-        return []
-    if Path(args.class_names).is_file():
-        names = Path(args.class_names).read_text().split("\n")
-        names = [name.strip() for name in names if name.strip()]
-    else:
-        names = list(class_names(open_dataset(args.class_names, root=args.data_dir)))
-    if len(names) != num_classes:
-        raise ValueError(f"{args.class_names} names {len(names)} classes, the model has {num_classes}.")
-    return names
+def _names(model: nn.Module, known: dict[str, Any], shown: list[str] | None) -> list[str]:
+    """What to print for each class: the names given, the model's, ImageNet's, or the numbers."""
+    if shown is not None:
+        if len(shown) != model.num_classes:
+            raise ValueError(f"--class-names names {len(shown)} classes, the model has {model.num_classes}.")
+        return shown
+    names = model_classes(model, known)
+    subset = infer_imagenet_subset(model)
+    info = ImageNetInfo(subset) if subset else None
+    if info is not None and (names is None or names == info.label_names()):
+        return [info.index_to_description(i) for i in range(model.num_classes)]
+    return names or [str(i) for i in range(model.num_classes)]

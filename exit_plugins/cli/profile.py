@@ -17,13 +17,11 @@ import torch
 from ..exits.costs import exit_costs, exit_latency
 from .common import (
     add_json_argument,
-    add_model_arguments,
     amount,
-    data_config,
-    open_model,
     print_json,
     print_table,
 )
+from .models import add_model_arguments, data_config, open_model, whole
 
 # What a user would have run instead: name of ours (its beginning) -> timm's network without exits.
 PLAIN = {
@@ -39,9 +37,9 @@ PLAIN = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed runs (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=whole(1), default=20, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads")
     parser.add_argument(
         "--plain", metavar="NAME", help="timm network to compare with (default: the model's own backbone)"
     )
@@ -50,8 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.batch_size < 1 or args.repeats < 1:
-        raise ValueError("--batch-size and --repeats must be positive.")
     if args.threads:
         torch.set_num_threads(args.threads)
     model = open_model(args, needs_weights=False)
@@ -72,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     name = args.plain or next((plain for ours, plain in PLAIN.items() if args.model.startswith(ours)), None)
     plain = None
     if name is not None:
-        plain = timm.create_model(name, num_classes=model.num_classes).to(next(model.parameters()).device).eval()
+        plain = timm.create_model(name, num_classes=model.num_classes, in_chans=size[0])
+        plain = plain.to(next(model.parameters()).device).eval()
         counted = _Single(plain)
         plain_costs = exit_costs(counted, size)
         found["plain"] = {

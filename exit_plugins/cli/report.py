@@ -35,23 +35,30 @@ from .common import (
     add_cost_arguments,
     add_data_arguments,
     add_json_argument,
-    add_model_arguments,
     amount,
-    collect,
     costs_of,
-    fit_table,
     is_main,
     open_data,
-    open_model,
     percent,
     print_json,
     start_processes,
 )
+from .models import (
+    add_force_argument,
+    add_model_arguments,
+    data_config,
+    known_model,
+    match_classes,
+    model_classes,
+    open_model,
+    whole,
+)
+from .tables import check_table, check_weights, collect, fit_table, overlap_note, overlap_record, shared_samples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    add_data_arguments(parser, split="validation")
+    add_data_arguments(parser, splits=("validation", "test"))
     add_confidence_arguments(parser)
     add_cost_arguments(parser)
     parser.add_argument(
@@ -63,30 +70,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", metavar="FILE", help="show this policy (default: cheapest within half a point of the best exit)"
     )
     parser.add_argument(
-        "--budgets", type=int, default=10, metavar="N", help="points of the curve (default: %(default)s)"
+        "--budgets", type=whole(2), default=10, metavar="N", help="points of the curve (default: %(default)s)"
     )
     parser.add_argument("--method", choices=METHODS, default="lagrangian", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="(default: %(default)s)")
+    add_force_argument(parser)
     add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.table and not args.data:
         raise ValueError("give --data to run the model on, or --table with a table that evaluate wrote.")
-    if args.budgets < 2:
-        raise ValueError(f"--budgets must be at least 2, got {args.budgets}.")
     start_processes(args)
+    policy = ExitPolicy.load(args.policy) if args.policy else None
+    stored = ExitTable.load(args.table) if args.table else None
+    known = known_model(args, policy, stored)
     data, names = open_data(args) if args.data else (None, ())
-    model = open_model(args, num_classes=len(names) or None, needs_weights=not args.table)
-    table, solving, images = _tables(args, model, data)
+    model = open_model(args, known, num_classes=len(names) or None, needs_weights=stored is None)
+    config = data_config(args, model, known)
+    table, solving, images = _tables(args, model, known, config, data, stored)
     if not is_main():
         return 0
-    costs, unit = costs_of(args, model)
-    policy = ExitPolicy.load(args.policy) if args.policy else None
+    names = model_classes(model, known) or (images.classes if images is not None else ())
+    costs, unit = costs_of(args, model, config)
     if policy is None:
         goal = max(0.0, float(solving.correct.mean(1).max()) - 0.005)
         policy = solve_thresholds(solving, costs, accuracy=goal, method=args.method, model=model)
+    else:
+        check_weights(policy, (table.about or {}).get("weights"), args.force)
     policy.check_model(model)
+    overlap = max(policy.overlap(table) or 0, shared_samples(table, solving) or 0)
     anytime = anytime_curve(table, costs)
     points = budgeted_curve(solving, table, costs, args.budgets, method=args.method)
     under_policy = fit_table(table, policy)
@@ -98,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         f"{table.num_samples} images reported on, thresholds solved on {solving.num_samples} others by method "
         f"{args.method}; confidence {table.measure}; costs in {unit} per image."
     )
+    if overlap:
+        page.add_text(f"No test: {overlap_note(overlap, table)}")
     page.add_numbers(
         [
             (percent(result.accuracy), "accuracy under the policy"),
@@ -179,22 +194,29 @@ def run(args: argparse.Namespace) -> int:
         "accuracy": result.accuracy,
         "cost": result.cost,
         "cost_unit": unit,
+        **overlap_record(None if table.sample is None else overlap),
         "exits": [p.to_dict() for p in anytime],
         "budgets": [p.to_dict() for p in points],
     }
     if args.json:
         print_json(summary)
     else:
+        if overlap:
+            print(f"no test: {overlap_note(overlap, table)}")
         print(f"{args.output}: open it in a browser; it needs no other file.")
     return 0
 
 
-def _tables(args: argparse.Namespace, model: Any, data: Any) -> tuple[ExitTable, ExitTable, Any]:
+def _tables(
+    args: argparse.Namespace, model: Any, known: dict, config: dict, data: Any, table: ExitTable | None
+) -> tuple[ExitTable, ExitTable, Any]:
     """(table to report on, table to solve on, images of the first or None)."""
     measure = args.measure or "max_softmax"
-    table = ExitTable.load(args.table) if args.table else collect(model, data, args, measure)
-    if table.num_exits != model.num_exits:
-        raise ValueError(f"the table has {table.num_exits} exits and {args.model} has {model.num_exits}.")
+    data = match_classes(data, model, known)
+    if table is None:
+        table, data = collect(model, data, args, config, measure)
+    else:
+        check_table(table, model)
     if args.measure and table.measure != args.measure:
         table = table.with_confidence(args.measure)
     images = data if isinstance(data, ImageView) else None
@@ -203,16 +225,19 @@ def _tables(args: argparse.Namespace, model: Any, data: Any) -> tuple[ExitTable,
             f"{args.table} holds {table.num_samples} samples and the data {len(images)}; they must be the same."
         )
     if args.solve_table:
-        return table, ExitTable.load(args.solve_table).with_confidence(table.measure), images
+        solving = ExitTable.load(args.solve_table)
+        check_table(solving, model)
+        return table, solving.with_confidence(table.measure), images
     if args.solve_split:
-        return table, collect(model, open_data(args, args.solve_split)[0], args, measure), images
+        other = match_classes(open_data(args, args.solve_split)[0], model, known)
+        return table, collect(model, other, args, config, measure, split=args.solve_split)[0], images
     order = np.random.default_rng(0).permutation(table.num_samples)
     half = len(order) // 2
     if half == 0:
         raise ValueError("one image cannot be both solved and reported on; give more, or --solve-split.")
     here = np.sort(order[half:])
     if images is not None:
-        images = ImageView(images.base, images.index[here], images.transform)
+        images = images.subset(here)
     return table.subset(here), table.subset(np.sort(order[:half])), images
 
 

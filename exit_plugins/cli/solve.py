@@ -10,11 +10,18 @@ examples:
 """
 
 import argparse
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
 
 from ..exits.confidence import fit_temperatures
 from ..exits.control import cap_policy
-from ..exits.policy import describe_model
-from ..exits.risk import LOSSES, RISK_METHODS, certify
+from ..exits.digests import SampleRecord
+from ..exits.policy import ExitPolicy
+from ..exits.risk import LOSSES, RISK_METHODS, certify, samples_needed
 from ..exits.table import ExitTable
 from ..exits.thresholds import METHODS, SWEEPS, policy_path, solve_thresholds
 from .common import (
@@ -22,23 +29,22 @@ from .common import (
     add_cost_arguments,
     add_data_arguments,
     add_json_argument,
-    add_model_arguments,
     amount,
-    collect,
     costs_of,
     is_main,
     open_data,
-    open_model,
     parse_budget,
     percent,
     print_json,
     start_processes,
 )
+from .models import add_model_arguments, data_config, known_model, match_classes, number, open_model, whole
+from .tables import check_table, collect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    add_data_arguments(parser, split="validation")
+    add_data_arguments(parser, splits=("validation",), max_bad=0)
     add_confidence_arguments(parser)
     add_cost_arguments(parser)
     parser.add_argument("--table", metavar="FILE", help="solve on this exit table instead of running the model")
@@ -47,21 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument(
         "--budget", metavar="COST", help="highest mean cost per image: 0.4e9, 400M, 12ms, or 60%% of the last exit"
     )
-    goal.add_argument("--accuracy", type=float, metavar="A", help="lowest accuracy, e.g. 0.9")
-    goal.add_argument("--drop", type=float, metavar="D", help="highest loss of accuracy to the last exit, e.g. 0.005")
+    goal.add_argument("--accuracy", type=number(0, 1), metavar="A", help="lowest accuracy, e.g. 0.9")
+    goal.add_argument(
+        "--drop", type=number(0, 1), metavar="D", help="highest loss of accuracy to the last exit, e.g. 0.005"
+    )
     goal.add_argument("--certify", choices=RISK_METHODS, help="cheapest policy with a guarantee, see --epsilon")
     how = parser.add_argument_group("how")
     how.add_argument("--method", choices=METHODS, default="lagrangian", help="(default: %(default)s)")
     how.add_argument("--sweep", choices=SWEEPS, help="of --method msdnet")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and of --method genetic (default: 0)")
     how.add_argument(
-        "--temperatures", action="store_true", help="fit one temperature per exit first (on the same images)"
+        "--temperatures",
+        action="store_true",
+        help="fit one temperature per exit first (on the same images; with --certify on a part of their own)",
     )
-    how.add_argument("--max-exit", type=int, metavar="K", help="hard cap: no image goes beyond exit K (1 is the first)")
+    how.add_argument(
+        "--max-exit", type=whole(1), metavar="K", help="hard cap: no image goes beyond exit K (1 is the first)"
+    )
     risk = parser.add_argument_group("guarantee")
-    risk.add_argument("--epsilon", type=float, default=0.02, metavar="E", help="risk allowed (default: %(default)s)")
+    share = number(0, 1, open_below=True, open_above=True)
+    risk.add_argument("--epsilon", type=share, default=0.02, metavar="E", help="risk allowed (default: %(default)s)")
     risk.add_argument(
-        "--delta", type=float, default=0.1, metavar="D", help="chance that it fails (default: %(default)s)"
+        "--delta", type=share, default=0.1, metavar="D", help="chance that it fails (default: %(default)s)"
     )
     risk.add_argument("--loss", choices=LOSSES, default="disagreement", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", default="policy.json", metavar="FILE", help="(default: %(default)s)")
@@ -71,49 +84,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.table:
         table = ExitTable.load(args.table)
-        model = open_model(args, needs_weights=False)
+        known = known_model(args, table=table)
+        model = open_model(args, known, needs_weights=False)
+        check_table(table, model)
+        config = data_config(args, model, known)
     else:
         if not args.data:
             raise ValueError("give --data to run the model on, or --table with a table that evaluate wrote.")
         start_processes(args)
+        known = known_model(args)
         data, names = open_data(args)
-        model = open_model(args, num_classes=len(names) or None)
-        table = collect(model, data, args, args.measure or "max_softmax", save=args.save_table)
+        model = open_model(args, known, num_classes=len(names) or None)
+        config = data_config(args, model, known)
+        data = match_classes(data, model, known)
+        table, _ = collect(model, data, args, config, args.measure or "max_softmax", save=args.save_table)
     if not is_main():
         return 0
-    if table.num_exits != model.num_exits:
-        raise ValueError(f"the table has {table.num_exits} exits and {args.model} has {model.num_exits}.")
+    if args.max_exit is not None and args.max_exit > model.num_exits:
+        raise ValueError(f"--max-exit {args.max_exit}: the model has {model.num_exits} exits.")
     if args.measure and args.measure != table.measure:
         table = table.with_confidence(args.measure)
-    if args.temperatures:
-        if table.logits is None:
-            raise ValueError("temperatures need a table with logits.")
-        table = table.with_confidence(temperatures=fit_temperatures(table.logits, table.target))
-    costs, unit = costs_of(args, model)
+    costs, unit = costs_of(args, model, config)
+    policy, needed = _certified(args, table, costs, model) if args.certify else (_solved(args, table, costs, model), 0)
+    if args.max_exit is not None:
+        policy = cap_policy(policy, max_exit=args.max_exit - 1)
+    about = table.about or {}
+    origin = {key: about.get(key) for key in ("data", "split", "holdout", "transform")}
+    policy = replace(policy, source={**policy.source, "data": origin})
+    policy.save(args.output)
+    if args.json:
+        print_json({"policy": str(args.output), "thresholds": [str(t) for t in policy.thresholds], **_about(policy)})
+    else:
+        _print(args, policy, costs, unit)
+    if policy.certificate and (policy.thresholds[:-1] == np.inf).all():
+        print(_nothing_certified(policy.certificate, needed), file=sys.stderr)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
     options = {"method": args.method}
     if args.sweep:
         options["sweep"] = args.sweep
     if args.method == "genetic":
         options["seed"] = args.seed
-    if args.certify:
-        solving, apart = table.split(0.5, args.seed)
-        path = policy_path(solving, costs, model=describe_model(model), **options)
-        policy = certify(path, apart, args.epsilon, args.delta, args.certify, args.loss, args.seed)
+    return options
+
+
+def _solved(args: argparse.Namespace, table: ExitTable, costs: np.ndarray, model: nn.Module) -> ExitPolicy:
+    if args.temperatures:
+        table = _calibrated(table, table)
+    target = {}
+    if args.budget is not None:
+        target["budget"] = parse_budget(args.budget, costs)
+    elif args.drop is not None:
+        target["accuracy"] = max(0.0, float(table.correct[-1].mean()) - args.drop)
     else:
-        target = {}
-        if args.budget is not None:
-            target["budget"] = parse_budget(args.budget, costs)
-        else:
-            target["accuracy"] = args.accuracy
-            if args.drop is not None:
-                target["accuracy"] = max(0.0, float(table.correct[-1].mean()) - args.drop)
-        policy = solve_thresholds(table, costs, model=model, **target, **options)
-    if args.max_exit is not None:
-        policy = cap_policy(policy, max_exit=args.max_exit - 1)
-    policy.save(args.output)
-    if args.json:
-        print_json({"policy": str(args.output), "thresholds": [str(t) for t in policy.thresholds], **_about(policy)})
-        return 0
+        target["accuracy"] = args.accuracy
+    return solve_thresholds(table, costs, model=model, **target, **_options(args))
+
+
+def _certified(
+    args: argparse.Namespace, table: ExitTable, costs: np.ndarray, model: nn.Module
+) -> tuple[ExitPolicy, int | None]:
+    """The certified policy, and how many images it would take to certify one under which somebody leaves early.
+
+    Temperatures, thresholds and the certificate each come from images of their own: what was fitted to the images that
+    certify could certify anything.
+    """
+    solving, apart = table.split(0.5, args.seed)
+    source = {}
+    if args.temperatures:
+        fitting, solving = solving.split(0.5, args.seed + 1)
+        if not min(len(fitting), len(solving), len(apart)):
+            raise ValueError(
+                f"{len(table)} images are too few for three parts: temperatures, thresholds and certificate."
+            )
+        solving, apart = _calibrated(solving, fitting), _calibrated(apart, fitting)
+        source["temperature_samples"] = SampleRecord.of(fitting.sample, len(fitting)).to_json()
+    path = policy_path(solving, costs, model=model, **_options(args))
+    policy = certify(path, apart, args.epsilon, args.delta, args.certify, args.loss, args.seed)
+    needed = samples_needed(path, apart, args.epsilon, args.delta, args.certify, args.loss, args.seed)
+    return replace(policy, source={**policy.source, **source}), needed
+
+
+def _calibrated(table: ExitTable, fitting: ExitTable) -> ExitTable:
+    """The table under temperatures fitted on another, or on itself."""
+    if fitting.logits is None:
+        raise ValueError("temperatures need a table with logits; collect it with keep_logits=True, as evaluate does.")
+    return table.with_confidence(temperatures=fit_temperatures(fitting.logits, fitting.target))
+
+
+def _print(args: argparse.Namespace, policy: ExitPolicy, costs: np.ndarray, unit: str) -> None:
     about = policy.source
     print(
         f"{args.output}: accuracy {percent(about['accuracy'])}, mean cost {amount(about['cost'], unit)} "
@@ -126,8 +187,16 @@ def run(args: argparse.Namespace) -> int:
         chance = "in expectation" if c["delta"] is None else f"with probability {1 - c['delta']:.0%}"
         count = c["samples"]["count"]
         print(f"certified ({c['method']}, {count} images): {c['loss']} at most {c['epsilon']:.2%}, {chance}")
-    return 0
 
 
-def _about(policy) -> dict:
+def _nothing_certified(certificate: dict[str, Any], needed: int | None) -> str:
+    count, loss, epsilon = certificate["samples"]["count"], certificate["loss"], certificate["epsilon"]
+    begin = f"nothing is certified: under this policy nobody leaves early, since {count} images do not show that "
+    begin += f"any earlier exit keeps the {loss} at or below {epsilon:.2%}; "
+    if needed is None:
+        return begin + "no number of images would, as the risk measured is not below it; allow more by --epsilon."
+    return begin + f"about {needed} images to certify on ({2 * needed} given to solve), or a larger --epsilon, would."
+
+
+def _about(policy: ExitPolicy) -> dict:
     return {"source": policy.source, "certificate": policy.certificate, "max_exit": policy.max_exit}

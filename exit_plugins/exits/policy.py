@@ -133,14 +133,15 @@ class ExitPolicy:
         check_same_model(found, self.model or {}, "the policy")
 
     def overlap(self, table: "ExitTable") -> int | None:
-        """How many samples of ``table`` the policy was solved, chosen or certified on; 0 for a true test.
+        """How many samples of ``table`` the policy was solved, calibrated, chosen or certified on; 0 for a true test.
 
         Exact up to 4,096 samples on the policy's side, estimated from a random sample of that size beyond (and at
         least what was seen). None where the table or the policy does not know its samples.
         """
         if table.sample is None:
             return None
-        used = [self.source.get("samples"), self.source.get("holdout_samples"), (self.certificate or {}).get("samples")]
+        used = [self.source.get(key) for key in ("samples", "holdout_samples", "temperature_samples")]
+        used.append((self.certificate or {}).get("samples"))
         records = [SampleRecord.of_json(value) for value in used]
         known = [record for record in records if record is not None and record.digests is not None]
         if not known:

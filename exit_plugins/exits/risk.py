@@ -22,7 +22,7 @@ from .evaluation import check_same_confidence
 from .policy import ExitPolicy
 from .table import ExitTable
 
-__all__ = ["LOSSES", "RISK_METHODS", "certified_step", "certify", "path_losses", "wsr_bound"]
+__all__ = ["LOSSES", "RISK_METHODS", "certified_step", "certify", "path_losses", "samples_needed", "wsr_bound"]
 
 
 def _disagreement(table: ExitTable, exits: np.ndarray) -> np.ndarray:
@@ -208,3 +208,47 @@ def certify(
         else None,
     }
     return replace(path[step], certificate=certificate)
+
+
+def samples_needed(
+    path: Sequence[ExitPolicy],
+    table: ExitTable,
+    epsilon: float,
+    delta: float = 0.1,
+    method: str = "ucb",
+    loss: str = "disagreement",
+    seed: int = 0,
+) -> int | None:
+    """About how many samples would certify a policy of ``path`` under which somebody leaves early.
+
+    An estimate of ours: the losses on ``table`` of the last such step, repeated until ``certify`` would accept it.
+
+    Args: as ``certify``.
+
+    Returns:
+        The least such number, to about one part in a thousand; 0 if ``table`` is enough; None if a million samples
+        are not, as when the risk measured is not below epsilon.
+    """
+    early = [policy for policy in path if (policy.thresholds[:-1] != np.inf).any()]
+    if not early or table.num_samples == 0:
+        return None
+    order = np.random.default_rng(seed).permutation(table.num_samples)
+    losses = path_losses([early[-1], path[-1]], table, loss)[:, order]
+    if losses[0].mean() >= epsilon:
+        return None
+
+    def enough(count: int) -> bool:
+        repeated = np.stack([np.resize(row, count) for row in losses])
+        return certified_step(repeated, epsilon, delta, method, LOSSES[loss][1:]) == 0
+
+    low, high = 0, table.num_samples
+    if enough(high):
+        return 0
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > 1_000_000:
+            return None
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

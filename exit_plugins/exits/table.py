@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -271,6 +271,7 @@ def collect_exits(
     part_file: str | os.PathLike | None = None,
     about: Mapping[str, Any] | None = None,
     save_as: str | os.PathLike | None = None,
+    finish: Callable[[ExitTable], ExitTable] | None = None,
 ) -> ExitTable:
     """Run every exit over a labelled loader and record what each says.
 
@@ -293,6 +294,8 @@ def collect_exits(
             keeps it beside the model, its weights' digest and the input size.
         save_as: write the table here; that it can be written there is checked before the run. In several processes the
             first one writes.
+        finish: what is to be done to the whole table before it is written, such as leaving samples out. If it raises,
+            the part file stays.
 
     Returns:
         ExitTable over all N samples in the loader's order, each with the digest of its input.
@@ -363,6 +366,8 @@ def collect_exits(
         np.concatenate([record.sample for record in records]),
         {**known, "input_size": list(sizes.pop()) if len(sizes) == 1 else None},
     )
+    if finish is not None:
+        table = finish(table)
     if save_as is not None:
         _save_once(table, save_as, rank, world)
     if part is not None:

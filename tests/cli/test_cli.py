@@ -212,7 +212,7 @@ def test_damaged_policy_and_image_are_one_line(folder, capsys, tmp_path):
     (tmp_path / "x.png").write_text("no image")
     assert main(["predict", str(tmp_path / "x.png"), "--policy", str(tmp_path / "p.json")]) == 2
     assert "may be cut off" in capsys.readouterr().err
-    assert main(["predict", str(tmp_path / "x.png"), "--policy", str(folder / "policy.json"), *weights(folder)]) == 2
+    assert main(["predict", str(tmp_path / "x.png"), "--policy", str(folder / "policy.json"), *weights(folder)]) == 1
     assert "is not an image" in capsys.readouterr().err
 
 

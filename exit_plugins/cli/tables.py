@@ -1,0 +1,168 @@
+"""Tables and policies at the command line: filling a table, and what belongs to what."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..exits.evaluation import check_same_confidence
+from ..exits.policy import ExitPolicy, check_same_model, describe_model
+from ..exits.table import ExitTable, collect_exits
+from ..timm.data import ImageView
+from ..timm.images import UnreadableImage
+from .common import is_main, transformed
+
+_UNREADABLE = torch.iinfo(torch.int64).min  # target of an image that could not be read
+
+
+class _Tolerant(Dataset):
+    """A view in which an unreadable image is a blank one with a target of its own, up to a number of them.
+
+    So the batches are the same whatever can be read, and a run goes on from its part file. Each loader process counts
+    for itself: more than ``most`` in one of them is more than that in all.
+    """
+
+    def __init__(self, view: ImageView, size: Sequence[int], most: float) -> None:
+        self.view, self.size, self.most, self.bad = view, tuple(size), most, 0
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        try:
+            return self.view[item]
+        except UnreadableImage as error:
+            self.bad += 1
+            if self.bad > self.most:
+                raise UnreadableImage(f"{error} --max-bad N leaves out up to N such images.") from error
+            return torch.zeros(self.size), _UNREADABLE
+
+
+def collect(
+    model: nn.Module,
+    data: Any,
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    measure: str = "max_softmax",
+    temperatures: Sequence[float] | None = None,
+    split: str | None = None,
+    save: str | None = None,
+) -> tuple[ExitTable, Any]:
+    """The exit table of a data set and the data set without the images that could not be read.
+
+    With ``save`` the table is written there, and an interrupted run goes on where it was.
+    """
+    dataset, split = transformed(data, config), split or args.split
+    kept = np.arange(0)
+
+    def finish(table: ExitTable) -> ExitTable:
+        nonlocal kept
+        kept = _readable(table, data, args)
+        table = table.subset(kept) if len(kept) < len(table) else table
+        check_table(table, model)
+        return table
+
+    if isinstance(data, ImageView):
+        dataset = _Tolerant(dataset, config["input_size"], args.max_bad)
+    table = collect_exits(
+        model,
+        DataLoader(dataset, args.batch_size, num_workers=args.workers),
+        measure=measure,
+        temperatures=temperatures,
+        keep_logits=True,
+        part_file=f"{save}.part" if save else None,
+        about={
+            "transform": json.dumps({key: config[key] for key in sorted(config) if key != "input_size"}),
+            "data": args.data,
+            "split": split if isinstance(split, str) else "/".join(split),
+            "holdout": None if args.holdout is None else {"share": args.holdout, "seed": args.holdout_seed},
+            "classes": list(data.classes) if isinstance(data, ImageView) and data.named else None,
+        },
+        save_as=save,
+        finish=finish,
+    )
+    return table, data.subset(kept) if isinstance(data, ImageView) else data
+
+
+def _readable(table: ExitTable, data: Any, args: argparse.Namespace) -> np.ndarray:
+    """Places of the samples that could be read; the others are named."""
+    bad, good = np.flatnonzero(table.target == _UNREADABLE), np.flatnonzero(table.target != _UNREADABLE)
+    if is_main() and len(bad):
+        for item in bad:
+            try:
+                data[item]
+            except UnreadableImage as error:
+                print(f"left out: {error}", file=sys.stderr)
+        print(f"{len(bad)} of {len(table)} images could not be read and are left out.", file=sys.stderr)
+    if len(bad) > args.max_bad:
+        raise ValueError(f"{len(bad)} images could not be read, --max-bad allows {args.max_bad:g}.")
+    if len(good) == 0:
+        raise ValueError(f"none of the {len(bad)} images could be read.")
+    return good
+
+
+def check_table(table: ExitTable, model: nn.Module) -> None:
+    """ValueError unless the table is of such a model: its exits, its classes and, where recorded, its name."""
+    found = describe_model(model)
+    if table.num_exits != model.num_exits:
+        raise ValueError(
+            f"the table has {table.num_exits} exits and {found['architecture']} has {model.num_exits}; they do not "
+            "belong together."
+        )
+    check_same_model(found, (table.about or {}).get("model") or {}, "the table")
+    classes = table.logits.shape[-1] if table.logits is not None else None
+    if classes not in (None, model.num_classes):
+        raise ValueError(f"the table has {classes} classes and the model {model.num_classes}.")
+    highest = max(table.target.max(initial=-1), table.prediction.max(initial=-1))
+    if highest >= model.num_classes or table.target.min(initial=0) < 0:
+        wrong = highest if highest >= model.num_classes else table.target.min()
+        raise ValueError(f"the table holds class {wrong} and the model has classes 0 to {model.num_classes - 1}.")
+
+
+def check_weights(policy: ExitPolicy, weights: str | None, force: bool) -> None:
+    """Warn if the policy was solved with other weights than these (their digest); ValueError if it is certified."""
+    solved_with = (policy.model or {}).get("weights")
+    if None in (solved_with, weights) or solved_with == weights:
+        return
+    message = "the policy was solved with other weights of this architecture"
+    if policy.certificate is None:
+        print(f"warning: {message}; its budget and accuracy are not those promised.", file=sys.stderr)
+    elif force:
+        print(f"warning: {message}; its certificate does not hold.", file=sys.stderr)
+    else:
+        raise ValueError(f"{message}, and its certificate does not hold for these; certify again, or give --force.")
+
+
+def shared_samples(table: ExitTable, other: ExitTable) -> int | None:
+    """How many samples of a table are in another one too; None where one of them does not know its samples."""
+    if table.sample is None or other.sample is None:
+        return None
+    return int(np.isin(table.sample, other.sample).sum())
+
+
+def overlap_note(overlap: int, table: ExitTable) -> str:
+    """One line on a policy that is scored on samples it was made from."""
+    return (
+        f"{overlap} of these {table.num_samples} images are among those the policy was solved or certified on, so its "
+        "figures are not those of new images; take another split (see --split and --holdout)."
+    )
+
+
+def overlap_record(overlap: int | None) -> dict[str, Any]:
+    """The same as JSON; None where the policy or the table does not know its samples."""
+    return {"overlap": overlap, "is_test": None if overlap is None else overlap == 0}
+
+
+def fit_table(table: ExitTable, policy: ExitPolicy) -> ExitTable:
+    """The table under the policy's confidence measure and temperatures."""
+    try:
+        check_same_confidence(policy, table)
+    except ValueError:
+        table = table.with_confidence(policy.measure, policy.temperatures.tolist())
+    return table
