@@ -3,6 +3,9 @@
     python examples/vtab.py --root vtab-1k --model vit_base_patch16_224.augreg_in21k --method repadapter
     python examples/vtab.py --root fgvc --datasets food-101 oxford-pets --shots 16 ...
     python examples/vtab.py --datasets torch/cifar100 --data-dir torchvision ...   # any image folder or timm dataset
+    python examples/vtab.py --datasets imagenet --shots 16 --shifted imagenet-v2 imagenet-r ...   # other domains
+    python examples/vtab.py --root vtab-1k --method linear ...                     # or full: what adapters compete with
+    python examples/vtab.py --root vtab-1k --dropout-shallow 0.3 --mask none ...   # the paper's ablations, table 5
 
 A folder in the published layout holds ``NAME/{train800,val200,train800val200,test}.txt`` with lines
 ``images/train800val200/000000.jpg 5`` (``image_lists.py`` writes it for an image folder); the few-shot layout holds
@@ -17,31 +20,32 @@ is chosen on the test images. Results go to ``--output``, one JSON a data set; t
 import argparse
 import copy
 import json
-import math
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
-from peft import LoraConfig, get_peft_model
-from timm.data import create_transform, resolve_data_config
-from timm.scheduler import CosineLRScheduler
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-
-from exit_plugins import (
-    BottleneckConfig,
-    DynConfig,
-    MultiExit,
-    RepAdapterConfig,
-    collect_exits,
-    exit_costs,
-    get_dyn_peft_model,
-    solve_thresholds,
+from adapting import (
+    METHODS,
+    ClassSubset,
+    SingleExit,
+    Transformed,
+    add_model_arguments,
+    augmentation,
+    data_config,
+    finished,
+    in_memory,
+    make_model,
+    measure,
+    run_name,
+    train,
 )
+from timm.data import create_transform
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+
+from exit_plugins import ExitTable, exit_costs, solve_thresholds
 from exit_plugins.exits.evaluation import evaluate_policy
 from exit_plugins.timm.data import class_names, open_dataset
-from exit_plugins.timm.images import read_image
+from exit_plugins.timm.images import EXTENSIONS, read_image
 
 # The 19 sets, their groups and numbers of classes.
 VTAB = {
@@ -78,6 +82,13 @@ SHOT_LISTS = {
 class ListFile(Dataset):
     """Images named by the lines ``path label`` of a list; paths are relative to ``folder``."""
 
+    @classmethod
+    def of(cls, samples: list[tuple[Path, int]]) -> "ListFile":
+        """Of pairs (path, label)."""
+        made = cls.__new__(cls)
+        made.samples, made.transform = samples, None
+        return made
+
     def __init__(self, folder: Path, file: Path, transform=None) -> None:
         self.samples = []
         for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -102,8 +113,8 @@ class ListFile(Dataset):
         return (self.transform(image) if self.transform else image), label
 
 
-def open_sets(name: str, args: argparse.Namespace) -> tuple[dict[str, Dataset], int]:
-    """The splits train, val and test of a data set, as PIL images, and its number of classes."""
+def open_sets(name: str, args: argparse.Namespace) -> tuple[dict[str, Dataset], int, tuple[str, ...] | None]:
+    """The splits train, val and test of a data set, as PIL images, its number of classes, and their names if known."""
     folder = Path(args.root or "", name)
     known = {key: count for group in VTAB.values() for key, count in group.items()}
     if args.root and (args.shots and (folder / "annotations").is_dir()):
@@ -127,10 +138,10 @@ def open_sets(name: str, args: argparse.Namespace) -> tuple[dict[str, Dataset], 
         raise FileNotFoundError(f"{name}: these lists are missing: {', '.join(absent)}.")
     sets = {split: ListFile(images, path) for split, path in lists.items()}
     largest = 1 + max(label for data in sets.values() for _, label in data.samples)
-    return sets, largest if args.shots else max(known.get(name, 0), largest)
+    return sets, largest if args.shots else max(known.get(name, 0), largest), None
 
 
-def cut_sets(spec: str, args: argparse.Namespace) -> tuple[dict[str, Dataset], int]:
+def cut_sets(spec: str, args: argparse.Namespace) -> tuple[dict[str, Dataset], int, tuple[str, ...]]:
     """As ``open_sets``, from any data set with a training and a test split."""
     whole, test = open_dataset(spec, "train", args.data_dir), open_dataset(spec, "test", args.data_dir)
     rng = np.random.default_rng(args.seed)
@@ -143,136 +154,70 @@ def cut_sets(spec: str, args: argparse.Namespace) -> tuple[dict[str, Dataset], i
         val = np.concatenate([order[labels == c][args.shots : 2 * args.shots] for c in np.unique(labels)])
     if len(train) == 0 or len(val) == 0:
         raise ValueError(f"{spec} has {len(whole)} training images, too few for a training and a validation part.")
-    return {"train": whole.subset(train), "val": whole.subset(val), "test": test}, len(class_names(whole))
+    parts = {"train": whole.subset(train), "val": whole.subset(val)}
+    return {**parts, "test": test}, len(class_names(whole)), class_names(whole)
 
 
-class Transformed(Dataset):
-    """A data set of PIL images under a transform."""
+def shifted_set(folder: Path, classes: tuple[str, ...]) -> tuple[ListFile, list[int]]:
+    """Images of another domain, one folder per class as in training, and which of the training's classes they have.
 
-    def __init__(self, data: Dataset, transform) -> None:
-        self.data, self.transform = data, transform
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int):
-        image, label = self.data[index]
-        return self.transform(image), int(label)
-
-
-def in_memory(data: Dataset, transform, workers: int) -> TensorDataset:
-    """The whole data set as two tensors: without augmentation every image is the same in every epoch."""
-    loader = DataLoader(Transformed(data, transform), batch_size=64, num_workers=workers)
-    images, labels = zip(*loader, strict=True)
-    return TensorDataset(torch.cat(images), torch.cat(labels))
-
-
-def make_model(args: argparse.Namespace, num_classes: int, scale: float) -> nn.Module:
-    """The pretrained backbone with the method's adapters, and exits unless ``--plain``."""
-    kwargs = {"img_size": args.img_size} if args.img_size else {}
-    backbone = timm.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        num_classes=num_classes,
-        drop_path_rate=args.drop_path,
-        **kwargs,
-        **args.model_kwargs,
-    )
-    if args.checkpoint:
-        load_backbone(backbone, args.checkpoint)
-    config = {
-        "repadapter": lambda: RepAdapterConfig(target_modules=["qkv", "fc1"], r=args.r, scale=scale),
-        "lora": lambda: LoraConfig(r=args.r, lora_alpha=args.r, lora_dropout=0.1, target_modules=["qkv"]),
-        "bottleneck": lambda: BottleneckConfig(target_modules=["fc2"], r=args.r),
-    }[args.method]()
-    if args.plain:
-        config.modules_to_save = ["head"]
-        return get_peft_model(backbone, config)
-    return get_dyn_peft_model(backbone, config, DynConfig(exit_interval=args.exit_interval, num_classes=num_classes))
+    Labels count through the classes that are there, in the training's order.
+    """
+    home = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), folder)
+    names = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    foreign = [name for name in names if name not in classes]
+    if foreign or not names:
+        raise ValueError(
+            f"{home} holds {len(names)} class folders, of which {len(foreign)} are no class of the training data"
+            f"{f', such as {foreign[0]}' if foreign else ''}; expected folders named like {classes[0]}."
+        )
+    present = [index for index, name in enumerate(classes) if name in names]
+    samples = [
+        (path, label)
+        for label, index in enumerate(present)
+        for path in sorted((home / classes[index]).rglob("*"))
+        if path.suffix.lower() in EXTENSIONS
+    ]
+    return ListFile.of(samples), present
 
 
-def load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load weights into all of ``backbone`` but its classifier, which is the new task's."""
-    state = timm.models.load_state_dict(path, use_ema=True)
-    own = backbone.state_dict()
-    state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    rest = {key: value for key, value in own.items() if key.startswith("head.")}
-    backbone.load_state_dict({**state, **rest})
-
-
-def train(model: nn.Module, data: Dataset, args: argparse.Namespace) -> None:
-    """AdamW on cross-entropy, cosine with warm-up by epochs, no augmentation."""
-    device = torch.device(args.device)
-    model.to(device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=args.epochs,
-        warmup_t=min(args.warmup_epochs, args.epochs // 2),
-        warmup_lr_init=1e-7,
-        lr_min=1e-5,
-    )
-    generator = torch.Generator().manual_seed(args.seed)
-    loader = DataLoader(data, batch_size=args.batch_size, shuffle=True, generator=generator)
-    dynamic = hasattr(model, "num_exits")
-    if dynamic:
-        model.attach_mask(optimizer)
-    total, step = args.epochs * len(loader), 0
-    for epoch in range(args.epochs):
-        schedule.step(epoch)
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                outputs = model(images)
-            if dynamic:
-                model.set_progress(step / total)
-                loss = model.loss(outputs, labels)
-            else:
-                loss = nn.functional.cross_entropy(outputs.float(), labels)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower --lr or the scale.")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-    model.eval()
-
-
-class SingleExit(MultiExit, nn.Module):
-    """A plain classifier as a model of one exit, so that everything is measured in the same way."""
-
-    num_exits = 1
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def begin_exits(self, x):
-        return x
-
-    def forward_exit(self, index, state):
-        return self.model(state), state
-
-
-def measure(model: nn.Module, data: Dataset, args: argparse.Namespace):
-    """Every exit's answer to every sample, merged where the method can be."""
-    model = model if hasattr(model, "num_exits") else SingleExit(model)
-    loader = DataLoader(data, batch_size=args.batch_size, num_workers=args.workers)
-    return collect_exits(model, loader, device=args.device, progress=False)
+def budgeted(validation: ExitTable, test: ExitTable, costs: np.ndarray, shares: list[float]) -> list[dict]:
+    """For every budget, thresholds solved on validation images and what they make of the test images."""
+    points = []
+    for share in shares:
+        policy = solve_thresholds(validation, costs, budget=max(share * costs[-1], costs[0]))
+        result = evaluate_policy(policy, test, costs)
+        points.append(
+            {
+                "budget": share,
+                "accuracy": result.accuracy,
+                "macs": result.cost,
+                "shares": result.shares.tolist(),
+                "accuracy_of_leavers": [None if np.isnan(a) else float(a) for a in result.exit_accuracy],
+                "thresholds": np.asarray(policy.thresholds).tolist(),
+            }
+        )
+    return points
 
 
 def run(name: str, args: argparse.Namespace) -> dict:
     """Search, train and test on one data set."""
-    sets, num_classes = open_sets(name, args)
+    sets, num_classes, classes = open_sets(name, args)
     torch.manual_seed(args.seed)
-    probe = timm.create_model(args.model, num_classes=0, **args.model_kwargs)
-    config = resolve_data_config({"img_size": args.img_size} if args.img_size else {}, model=probe)
+    config = data_config(args)
     size = config["input_size"]
     transform = create_transform(  # resized as a whole: VTAB's objects are not always in the middle
         size, mean=config["mean"], std=config["std"], interpolation="bicubic", crop_pct=1.0, crop_mode="squash"
     )
-    train_set, val_set = (in_memory(sets[split], transform, args.workers) for split in ("train", "val"))
+    val_set = in_memory(sets["val"], transform, args.workers)
+    if args.augment:
+        augmented = augmentation(size, config["mean"], config["std"])
+        train_set, both = (
+            Transformed(data, augmented) for data in (sets["train"], ConcatDataset([sets["train"], sets["val"]]))
+        )
+    else:
+        train_set = in_memory(sets["train"], transform, args.workers)
+        both = TensorDataset(*map(torch.cat, zip(train_set.tensors, val_set.tensors, strict=True)))
     best = None
     for scale in args.scales if args.method == "repadapter" else [1.0]:
         torch.manual_seed(args.seed)
@@ -289,27 +234,22 @@ def run(name: str, args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     model = make_model(args, num_classes, scale)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    train(model, torch.utils.data.ConcatDataset([train_set, val_set]), args)
-    if args.method != "bottleneck":
-        model = model.merge_and_unload()
+    train(model, both, args)
+    model = finished(model, args.method)
+    model = model if hasattr(model, "num_exits") else SingleExit(model)
     table = measure(model, Transformed(sets["test"], transform), args)
-    costs = exit_costs(model if hasattr(model, "num_exits") else SingleExit(model), size).macs
-    points = []
-    for share in [] if args.plain else args.budgets:
-        policy = solve_thresholds(val_table, costs, budget=max(share * costs[-1], costs[0]))
-        result = evaluate_policy(policy, table, costs)
-        points.append(
-            {
-                "budget": share,
-                "accuracy": result.accuracy,
-                "macs": result.cost,
-                "shares": result.shares.tolist(),
-                "accuracy_of_leavers": [None if np.isnan(a) else float(a) for a in result.exit_accuracy],
-                "thresholds": policy.thresholds.tolist()
-                if hasattr(policy.thresholds, "tolist")
-                else list(policy.thresholds),
-            }
-        )
+    costs = exit_costs(model, size).macs
+    shares = [] if args.plain else args.budgets
+    shifted = {}
+    for target in args.shifted:
+        images, present = shifted_set(Path(target), classes)
+        found = measure(ClassSubset(model, present), Transformed(images, transform), args)
+        shifted[Path(target).name] = {
+            "classes": len(present),
+            "images": found.num_samples,
+            "exit_accuracy": found.correct.mean(1).tolist(),
+            "points": budgeted(val_table, found, costs, shares),
+        }
     return {
         "dataset": name,
         "method": args.method,
@@ -321,7 +261,8 @@ def run(name: str, args: argparse.Namespace) -> dict:
         "exit_accuracy": table.correct.mean(1).tolist(),
         "macs": costs.tolist(),
         "trained_parameters": trained,
-        "points": points,
+        "points": budgeted(val_table, table, costs, shares),
+        "shifted": shifted,
     }
 
 
@@ -353,33 +294,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", help="default: the 19 of VTAB-1k, with --shots the five of FGVC")
     parser.add_argument("--data-dir", help="where timm datasets lie")
     parser.add_argument("--shots", type=int, help="few-shot: training images per class")
-    parser.add_argument("--model", default="vit_base_patch16_224.augreg_in21k")
-    parser.add_argument("--model-kwargs", type=json.loads, default={}, help="as JSON, for timm.create_model")
+    parser.add_argument(
+        "--shifted",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="domain generalisation: folders of the same classes, or some of them, to test on as well",
+    )
+    add_model_arguments(parser, "vit_base_patch16_224.augreg_in21k")
     parser.add_argument(
         "--pretrained", action=argparse.BooleanOptionalAction, default=None, help="default: if no --checkpoint"
     )
-    parser.add_argument("--checkpoint", help="weights of the backbone, in place of the published ones")
-    parser.add_argument("--img-size", type=int)
-    parser.add_argument("--method", choices=("repadapter", "lora", "bottleneck"), default="repadapter")
+    parser.add_argument(
+        "--checkpoint", help="weights of the backbone, in place of the published ones; MoCo v3's and MAE's are read too"
+    )
+    parser.add_argument("--method", choices=METHODS, default="repadapter", help="linear and full are without exits")
     parser.add_argument("--plain", action="store_true", help="without exits")
-    parser.add_argument("--exit-interval", type=int)
-    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="NOAH's augmentation of training images; default: with --shots",
+    )
     parser.add_argument("--scales", type=float, nargs="+", default=[0.1, 0.5, 1, 5, 10])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.7], help="shares of the whole model's MACs")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--warmup-epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=1e-4)
-    parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/vtab")
     args = parser.parse_args(argv)
     if args.pretrained is None:
         args.pretrained = args.checkpoint is None
+    if args.augment is None:
+        args.augment = bool(args.shots)
+    args.plain = args.plain or args.method in ("linear", "full")
+    if args.shifted and (args.root or len(args.datasets or []) != 1):
+        parser.error("--shifted goes with one --datasets FOLDER, whose class folders name the classes")
     if not args.root and not args.datasets:
         parser.error("say where the data is: --root FOLDER, or --datasets with paths or timm datasets")
     args.datasets = args.datasets or list(FGVC if args.shots else [name for group in VTAB.values() for name in group])
@@ -388,7 +338,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    kind = f"{'' if args.plain else 'dyn-'}{args.method}{f'-{args.shots}shot' if args.shots else ''}"
+    kind = run_name(args, args.plain) + (f"-{args.shots}shot" if args.shots else "")
     output = Path(args.output, kind)
     output.mkdir(parents=True, exist_ok=True)
     results, absent = {}, []
@@ -413,6 +363,11 @@ def main(argv: list[str] | None = None) -> dict:
             for p in result["points"]
         )
         print(f"{name:24s} s={result['scale']:<4g} last exit {100 * result['exit_accuracy'][-1]:5.1f} %{points}")
+        for target, found in result.get("shifted", {}).items():
+            points = "".join(
+                f"   {100 * p['accuracy']:5.1f} % at {p['macs'] / result['macs'][-1]:.2f}" for p in found["points"]
+            )
+            print(f"  on {target}: last exit {100 * found['exit_accuracy'][-1]:5.1f} %{points}")
     rows = averages(results)
     for kind_of, row in rows.items():
         print(f"{kind_of}: " + ", ".join(f"{key} {100 * value:.2f}" for key, value in row.items()))

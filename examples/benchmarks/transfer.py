@@ -11,11 +11,11 @@ there is not trained again.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from peft import PeftModel
 from timing import interleaved, machine, write_json
@@ -27,17 +27,8 @@ from exit_plugins import AdaptiveModel, DynPeftModel, collect_exits, exit_costs,
 from exit_plugins.exits.evaluation import cka, evaluate_policy
 from exit_plugins.timm.data import class_names, open_dataset
 
-METHODS = ("lora", "repadapter", "bottleneck")
-
-
-def load_vtab():
-    """The VTAB example, whose models and training are used here."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("vtab", Path(__file__).parents[1] / "vtab.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples are scripts, no package
+from adapting import ADAPTERS, SingleExit, add_model_arguments, finished, make_backbone, make_model, run_name, train
 
 
 def open_tensors(args: argparse.Namespace) -> tuple[dict[str, TensorDataset], int]:
@@ -52,16 +43,16 @@ def open_tensors(args: argparse.Namespace) -> tuple[dict[str, TensorDataset], in
     return sets, len(class_names(whole))
 
 
-def trained(vtab, method: str, plain: bool, num_classes: int, data: TensorDataset, args) -> tuple[nn.Module, dict]:
+def trained(method: str, plain: bool, num_classes: int, data: TensorDataset, args) -> tuple[nn.Module, dict]:
     """The adapted model, merged where it can be, and what training it took."""
     args.method, args.plain = method, plain
-    name = f"{'' if plain else 'dyn-'}{method}"
+    name = run_name(args, plain)
     folder = Path(args.output, name)
     torch.manual_seed(args.seed)
     if not (folder / "training.json").is_file():
-        model = vtab.make_model(args, num_classes, args.scale)
+        model = make_model(args, num_classes, args.scale)
         start = time.perf_counter()
-        vtab.train(model, data, args)
+        train(model, data, args)
         record = {
             "name": name,
             "seconds": time.perf_counter() - start,
@@ -69,13 +60,8 @@ def trained(vtab, method: str, plain: bool, num_classes: int, data: TensorDatase
         }
         model.save_pretrained(str(folder))
         (folder / "training.json").write_text(json.dumps(record))
-    backbone = timm.create_model(
-        args.model, num_classes=num_classes, img_size=args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs
-    )
-    vtab.load_backbone(backbone, args.checkpoint)
-    model = (PeftModel if plain else DynPeftModel).from_pretrained(backbone, folder)
-    model = model.eval() if method == "bottleneck" else model.merge_and_unload().eval()
-    return model, json.loads((folder / "training.json").read_text())
+    model = (PeftModel if plain else DynPeftModel).from_pretrained(make_backbone(args, num_classes), folder)
+    return finished(model, method), json.loads((folder / "training.json").read_text())
 
 
 def main() -> None:
@@ -83,38 +69,27 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="an image folder or a timm dataset with a training split")
     parser.add_argument("--data-dir")
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--model-kwargs", type=json.loads, default={})
-    parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--train", type=int, default=3000)
     parser.add_argument("--calibration", type=int, default=1000)
     parser.add_argument("--test", type=int, default=5000)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.7])
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--warmup-epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=1e-4)
-    parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--exit-interval", type=int)
+    add_model_arguments(parser, model="vit_tiny_patch16_224")
+    parser.set_defaults(**{"img_size": 224, "epochs": 15, "warmup_epochs": 2, "lr": 3e-3, "drop_path": 0.0})
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/transfer")
     parser.add_argument("--json")
     args = parser.parse_args()
     args.device, args.bf16, args.pretrained, args.workers = "cpu", False, False, 0
-    vtab = load_vtab()
     sets, num_classes = open_tensors(args)
     loaders = {name: DataLoader(data, batch_size=args.batch_size) for name, data in sets.items()}
     batches = [images for images, _ in DataLoader(sets["test"], batch_size=args.batch_size)][:10]
     count = sum(len(batch) for batch in batches)
     rows, runs = [], {}
-    for method in METHODS:
+    for method in ADAPTERS:
         for plain in (True, False):
-            model, record = trained(vtab, method, plain, num_classes, sets["train"], args)
-            multi = vtab.SingleExit(model) if plain else model
+            model, record = trained(method, plain, num_classes, sets["train"], args)
+            multi = SingleExit(model) if plain else model
             costs = exit_costs(multi, (3, args.img_size, args.img_size)).macs
             test = collect_exits(multi, loaders["test"], progress=False)
             row = record | {"exit_accuracy": test.correct.mean(1).tolist(), "macs": costs.tolist(), "points": []}
@@ -125,7 +100,7 @@ def main() -> None:
                 continue
             calibration = collect_exits(model, loaders["calibration"], progress=False)
             for share in [*args.budgets, 1.0]:
-                policy = solve_thresholds(calibration, costs, budget=share * costs[-1])
+                policy = solve_thresholds(calibration, costs, budget=max(share * costs[-1], costs[0]))
                 result = evaluate_policy(policy, test, costs)
                 row["points"].append(
                     {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "budget_curve",
     "cka_heatmap",
+    "cka_with_labels",
     "class_exits",
     "easiest_and_hardest",
     "exit_shares",
@@ -223,6 +224,27 @@ def cka_heatmap(matrix: np.ndarray, names: Sequence[str] | None = None) -> "Figu
             ink = "black" if matrix[i, j] > 0.55 else "white"
             axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(image, ax=axes, label="linear CKA", shrink=0.85)
+    return figure
+
+
+def cka_with_labels(rows: Mapping[str, Sequence[float]]) -> "Figure":
+    """Similarity of a model's layers and the labels, from shallow to deep, one row per model (Dyn-Adapter, Fig. 4).
+
+    Args:
+        rows: name of a model to its layers' ``evaluation.cka`` with the labels, each in [0, 1].
+    """
+    if not rows or not all(len(values) for values in rows.values()):
+        raise ValueError("cka_with_labels draws at least one model with at least one layer.")
+    figure, axes = _figure(7.0, 0.9 * len(rows) + 0.9, rows=len(rows), squeeze=False)
+    for axis, (name, values) in zip(axes[:, 0], rows.items(), strict=True):
+        image = axis.imshow(np.asarray([values], dtype=float), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for index, value in enumerate(values):
+            axis.text(index, 0, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black")
+        axis.set_xticks(range(len(values)), [str(index + 1) for index in range(len(values))])
+        axis.set_yticks([])
+        axis.set_title(name, loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("layer, shallow to deep")
+    figure.colorbar(image, ax=list(axes[:, 0]), label="CKA with the labels")
     return figure
 
 

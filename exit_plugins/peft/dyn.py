@@ -22,7 +22,7 @@ from .card import update_card
 from .dyn_config import DynConfig
 from .families import Family, find_family
 from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, write_exits
-from .multi_exit import EarlyHead, ExitHeads, ExitModel, MultiExitBackbone
+from .multi_exit import EarlyHead, ExitHeads, ExitModel, MultiExitBackbone, widen_classifiers
 from .precision import check_mergeable, halve_saved, single_saved
 from .schedule import GradientMask, exit_weights, set_dropout
 
@@ -66,6 +66,7 @@ class DynPeftModel(ExitModel, PeftModel):
         _check_method(peft_config)
         exit_after = _check_backbone(model, family, dyn_config)
         family.prepare(model)
+        widen_classifiers(model, family.classifiers(model), dyn_config.last_head_width)
         _save_classifiers(peft_config, family.classifiers(model))
         try:
             super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, **kwargs)
@@ -259,6 +260,7 @@ class DynPeftModel(ExitModel, PeftModel):
         dyn_config = dyn_config or self.dyn_config[self._active]
         _check_method(peft_config)
         exit_after = _check_backbone(self.backbone, self.family, dyn_config)
+        widen_classifiers(self.backbone, self.family.classifiers(self.backbone), dyn_config.last_head_width)
         _save_classifiers(peft_config, self.family.classifiers(self.backbone))
         super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         self._add_exits(adapter_name, dyn_config, exit_after, autocast_adapter_dtype)

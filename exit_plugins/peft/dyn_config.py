@@ -1,11 +1,23 @@
 """``DynConfig``: where early exits stand, what their heads are, and how they are trained."""
 
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
 
 from .families import Family
 
 __all__ = ["DynConfig"]
+
+
+def _optional(kind: type) -> Callable[[str], Any]:
+    """Reader of an option of this kind that may be none."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it where a value cannot be read
+    return read
 
 
 @dataclass
@@ -20,6 +32,9 @@ class DynConfig:
             the class token where there is one.
         head_widths: Hidden width of each early head from the front, 0 for a linear one; heads beyond are linear. Left
             out: the shallow half of the exits gets MLPs, from 96 wide down to 48 (section 3.2, "Head Balance").
+        last_head_width: Hidden width of the last exit's head, in place of the backbone's own linear classifier; 0 keeps
+            that one (section 3.2; table 5b puts heavier heads at shallow exits, at deep ones, at both). A plain
+            ``PeftModel`` reads such an adapter no longer.
         lambda_shallow, lambda_deep: First and last weight of the losses of the shallow and of the deep exits
             (section 3.2, "Adaptive Prioritization"). Equal ends switch the schedule off.
         dropout_shallow, dropout_deep: Dropout of adapters in the first half of the blocks and in the second (section
@@ -35,6 +50,7 @@ class DynConfig:
     num_classes: int | None = None
     token: str | None = None
     head_widths: Sequence[int] | None = None
+    last_head_width: int = 0
     lambda_shallow: tuple[float, float] = (0.1, 0.5)
     lambda_deep: tuple[float, float] = (1.0, 0.5)
     dropout_shallow: float | None = 0.5
@@ -65,6 +81,38 @@ class DynConfig:
             self.head_widths = tuple(int(width) for width in self.head_widths)
             if any(width < 0 for width in self.head_widths):
                 raise ValueError(f"head_widths are hidden widths, or 0 for a linear head; got {self.head_widths}.")
+
+        if self.last_head_width < 0:
+            raise ValueError(f"last_head_width is a hidden width, or 0 for a linear head; got {self.last_head_width}.")
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser, without: Sequence[str] = ()) -> None:
+        """Give a command line one option per field, ``--exit-interval`` and so on; ``none`` stands for None."""
+        group = parser.add_argument_group("exits and their training, see DynConfig")
+        for name, kind in get_type_hints(cls).items():
+            if name in without:
+                continue
+            default = getattr(cls, name)
+            single = next((t for t in (int, float, str) if t in (kind, *get_args(kind))), None)
+            several = {"nargs": "*"} if name == "head_widths" else {"nargs": 2} if isinstance(default, tuple) else {}
+            element = {"head_widths": int, "lambda_shallow": float, "lambda_deep": float}.get(name, single)
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                dest=f"dyn_{name}",
+                type=_optional(element),
+                default=default,
+                metavar=element.__name__.upper(),
+                help=f"default: {shown}",
+                **several,
+            )
+
+    @classmethod
+    def from_arguments(cls, arguments: Namespace, **settings: Any) -> "DynConfig":
+        """The configuration that options made by ``add_arguments`` ask for; ``settings`` go before them."""
+        prefix = "dyn_"
+        given = {k.removeprefix(prefix): v for k, v in vars(arguments).items() if k.startswith(prefix)}
+        return cls(**given | settings)
 
     def exit_after(self, family: Family, units: int) -> tuple[int, ...]:
         """How many of the backbone's ``units`` have run at each exit."""

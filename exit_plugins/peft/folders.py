@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ HEADS_NAME = "dyn_heads.safetensors"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = 1
 HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
-_BIAS = "backbone_bias:"  # in the heads' file: biases that merging added and the host's file cannot hold
+_EXTRA = "backbone:"  # in the heads' file: weights of the backbone that its host's constructor makes no place for
 
 
 def check_keys(what: str, found: set[str], expected: set[str]) -> None:
@@ -121,17 +121,21 @@ def save_merged(
     if isinstance(backbone, PreTrainedModel):
         with torch.device("meta"):
             described = set(type(backbone)(backbone.config).state_dict())
-        extra = {key: value for key, value in backbone.state_dict().items() if key not in described}
-        tensors |= {_BIAS + key: value for key, value in extra.items()}
+        state = backbone.state_dict()
+        widened = tuple(f"{n}." for n in model.family.classifiers(backbone)) if model.last_head_width else ()
+        extra = {key: state.pop(key) for key in list(state) if key not in described or key.startswith(widened)}
+        kwargs["state_dict"] = state
+        tensors |= {_EXTRA + key: value for key, value in extra.items()}
         if extra:
             warnings.warn(
-                f"merging gave {len(extra)} layers a bias that a {type(backbone).__name__} has not, such as "
-                f"{next(iter(extra))}: MultiExitBackbone.from_pretrained reads them, transformers' own AutoModel drops "
-                "them and then answers otherwise (save for keys of attention, where a bias has no effect).",
+                f"a {type(backbone).__name__} has no place for {len(extra)} weights that adapting and merging gave it, "
+                f"such as {next(iter(extra))}: MultiExitBackbone.from_pretrained reads them, transformers' own "
+                "AutoModel drops them and then answers otherwise (but for a bias of attention's keys, without effect).",
                 stacklevel=3,
             )
     settings = {
         "num_classes": heads[0].fc.out_features,
+        "last_head_width": model.last_head_width,
         "exit_after": list(model.exit_after),
         "token": model.token,
         "widths": [head.width for head in heads],
@@ -153,31 +157,41 @@ def save_merged(
 
 
 def load_merged(
-    model_id: str | os.PathLike, model: nn.Module | None, **hub: Any
+    model_id: str | os.PathLike,
+    model: nn.Module | None,
+    widen: Callable[[nn.Module, Sequence[str], int], None],
+    **hub: Any,
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
-    """Backbone, record and early heads of a folder that ``save_merged`` wrote."""
+    """Backbone, record and early heads of a folder that ``save_merged`` wrote; ``widen`` makes wider last heads."""
     record, tensors = read_exits(model_id, "merged", **hub)
     if model is not None:
         check_base(model_id, record, model)
-    heads = {key: value for key, value in tensors.items() if not key.startswith(_BIAS)}
+    heads = {key: value for key, value in tensors.items() if not key.startswith(_EXTRA)}
     config = json.loads(_find(model_id, "config.json", **hub).read_text()) if model is None else {}
-    if "model_type" in config or isinstance(model, PreTrainedModel):
+    by_transformers = "model_type" in config or isinstance(model, PreTrainedModel)
+    if by_transformers:
         cls = AutoModelForImageClassification if model is None else type(model)
         backbone, report = cls.from_pretrained(str(model_id), output_loading_info=True, **hub)
-        biases = {key.removeprefix(_BIAS): value for key, value in tensors.items() if key.startswith(_BIAS)}
-        if report["missing_keys"]:
-            raise ValueError(f"the weights in {model_id} are not complete. Missing: {sorted(report['missing_keys'])}.")
-        if model is not None:
-            model.load_state_dict(backbone.state_dict())
-            backbone = model
+        weights = {key.removeprefix(_EXTRA): value for key, value in tensors.items() if key.startswith(_EXTRA)}
+        replaced = tuple(f"{name}." for name in find_family(backbone).classifiers(backbone))
+        missing = [
+            key for key in report["missing_keys"] if not (record["last_head_width"] and key.startswith(replaced))
+        ]
+        if missing:
+            raise ValueError(f"the weights in {model_id} are not complete. Missing: {sorted(missing)}.")
     else:
         backbone = _create_timm(model_id, **hub) if model is None else model
-        biases = load_file(_find(model_id, WEIGHTS_NAME, **hub))
-    _add_biases(backbone, biases)
-    if not isinstance(backbone, PreTrainedModel):
-        check_keys(f"the weights in {model_id}", set(biases), set(backbone.state_dict()))
-    backbone.load_state_dict(biases, strict=False)
-    find_family(backbone).prepare(backbone)
+        weights = load_file(_find(model_id, WEIGHTS_NAME, **hub))
+    if model is not None and by_transformers:
+        model.load_state_dict(backbone.state_dict())
+        backbone = model
+    family = find_family(backbone)
+    widen(backbone, family.classifiers(backbone), record["last_head_width"])
+    _add_biases(backbone, weights)
+    if not by_transformers:
+        check_keys(f"the weights in {model_id}", set(weights), set(backbone.state_dict()))
+    backbone.load_state_dict(weights, strict=False)
+    family.prepare(backbone)
     return backbone, record, heads
 
 

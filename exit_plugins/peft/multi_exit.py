@@ -50,6 +50,45 @@ class EarlyHead(nn.Module):
         return self.fc(self.mlp(self.norm(x.to(self.norm.weight.dtype))))
 
 
+class WideClassifier(nn.Linear):
+    """A backbone's linear classifier with one hidden layer (GELU) in front (Dyn-Adapter, table 5b).
+
+    Input (..., width), output (..., num_classes). It is a linear layer of the hidden width, as hosts expect to find one
+    where the number of classes and the precision are read and set.
+    """
+
+    def __init__(self, width: int, num_classes: int, hidden: int) -> None:
+        super().__init__(hidden, num_classes)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU())
+        for layer in (self.mlp[0], self):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.mlp(x))
+
+
+def widen_classifiers(model: nn.Module, names: Sequence[str], hidden: int) -> None:
+    """Put a ``WideClassifier`` in the place of each of the linear classifiers; ``hidden`` 0 leaves them.
+
+    Raises:
+        ValueError: they have been widened before, to another width.
+    """
+    for name in names:
+        old = model.get_submodule(name)
+        old = next(iter(old.modules_to_save.values())) if isinstance(old, AuxiliaryTrainingWrapper) else old
+        there = old.in_features if isinstance(old, WideClassifier) else 0
+        if there == hidden:
+            continue
+        if there or not isinstance(old, nn.Linear) or isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"last_head_width={hidden} was asked for, and the backbone's {name} is made and trained with {there}; "
+                "all adapters of one backbone share the last head's shape."
+            )
+        wide = WideClassifier(old.in_features, old.out_features, hidden)
+        model.set_submodule(name, wide.to(old.weight.device, old.weight.dtype).train(old.training))
+
+
 class ExitHeads(nn.ModuleDict, AuxiliaryTrainingWrapper):
     """Early heads by adapter name, (K - 1) of them each.
 
@@ -120,6 +159,12 @@ class ExitModel(MultiExit):
     @property
     def num_exits(self) -> int:
         return len(self.exit_after)
+
+    @property
+    def last_head_width(self) -> int:
+        """Hidden width of the last exit's head, 0 for a linear one."""
+        classifier = self.backbone.get_submodule(self.family.classifiers(self.backbone)[0])
+        return classifier.in_features if isinstance(classifier, WideClassifier) else 0
 
     def begin_exits(self, x: Tensor) -> Any:
         return self.family.begin(self.backbone, x)
@@ -326,7 +371,7 @@ class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
         Raises:
             ValueError: the folder holds no such model, or it does not fit ``model``; what is missing is named.
         """
-        backbone, record, heads = load_merged(model_id, model, **hub)
+        backbone, record, heads = load_merged(model_id, model, widen_classifiers, **hub)
         early = nn.ModuleList(
             EarlyHead(width, record["num_classes"], hidden)
             for width, hidden in zip(record["widths"], record["hidden_widths"], strict=True)

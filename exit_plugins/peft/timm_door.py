@@ -33,6 +33,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from .bottleneck import BottleneckConfig
+from .checkpoints import load_backbone
 from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
 from .folders import CONFIG_NAME
 from .multi_exit import MultiExitBackbone
@@ -73,7 +74,8 @@ def dyn_peft(
     Args:
         pretrained: load the published weights of ``backbone``.
         backbone: name of a timm model of a supported family; ``kwargs`` go to it.
-        backbone_checkpoint: file with weights of the backbone; its classifier is left out.
+        backbone_checkpoint: file with weights of the backbone, MoCo v3's and MAE's among them; its classifier is left
+            out.
         method: ``repadapter``, ``lora`` or ``bottleneck``.
         r, target_modules, method_kwargs: of the method's configuration.
         dyn: fields of ``DynConfig``.
@@ -88,10 +90,7 @@ def dyn_peft(
         kwargs.setdefault("num_classes", json.loads(Path(adapter, CONFIG_NAME).read_text())["num_classes"])
     model = timm.models.create_model(backbone, pretrained=pretrained, **kwargs)
     if backbone_checkpoint:
-        state = timm.models.load_state_dict(backbone_checkpoint)
-        head = tuple(f"{name}." for name in ("head", "head_dist"))
-        state = {key: value for key, value in state.items() if not key.startswith(head)}
-        model.load_state_dict({**state, **{k: v for k, v in model.state_dict().items() if k.startswith(head)}})
+        load_backbone(model, backbone_checkpoint)
     if adapter:
         loaded = DynPeftModel.from_pretrained(model, adapter)
         return loaded.merge_and_unload() if merge and loaded.peft_type != "BOTTLENECK" else loaded

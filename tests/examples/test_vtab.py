@@ -1,14 +1,22 @@
 """The VTAB runner and the fine-tuning example on coloured images and on digits, offline."""
 
+import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
+from exit_plugins import DynConfig, get_dyn_peft_model
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+for folder in (EXAMPLES, EXAMPLES / "benchmarks"):  # the examples are scripts, no package
+    sys.path.append(str(folder))
 MODEL = ["--model", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
 SMALL = ["--model-kwargs", json.dumps({"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2})]
 
@@ -87,6 +95,108 @@ def test_runner_without_exits(lists, vtab, tmp_path):
     assert len(found["exit_accuracy"]) == len(found["macs"]) == 1 and not found["points"]
 
 
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_linear_probe_and_full_tuning(method, lists, vtab, tmp_path):
+    arguments = ["--root", str(lists), "--datasets", "cifar", "--method", method, "--epochs", "2", "--workers", "0"]
+    found = vtab.main([*arguments, *MODEL, *SMALL, "--device", "cpu", "--output", str(tmp_path)])["results"]["cifar"]
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=100, **json.loads(SMALL[1]))
+    trained = model.head if method == "linear" else model
+    assert found["trained_parameters"] == sum(p.numel() for p in trained.parameters())
+    assert len(found["exit_accuracy"]) == 1 and not found["points"] and found["plain"]
+
+
+def test_every_field_of_the_exits_by_command_line(vtab):
+    words = {
+        "exit_interval": ("2", 2),
+        "token": ("mean", "mean"),
+        "head_widths": ("9 0 3", (9, 0, 3)),
+        "last_head_width": ("6", 6),
+        "lambda_shallow": ("0.2 0.4", (0.2, 0.4)),
+        "lambda_deep": ("0.9 0.8", (0.9, 0.8)),
+        "dropout_shallow": ("none", None),
+        "dropout_deep": ("0.3", 0.3),
+        "mask": ("none", None),
+        "mask_share": ("0.2", 0.2),
+        "mask_scope": ("heads", "heads"),
+        "mask_seed": ("4", 4),
+        "label_smoothing": ("0.1", 0.1),
+    }
+    assert {*words, "num_classes"} == {field.name for field in dataclasses.fields(DynConfig)}
+    line = [word for name, (text, _) in words.items() for word in (f"--{name.replace('_', '-')}", *text.split())]
+    args = vtab.parse_args(["--root", "x", *line])
+    asked = DynConfig.from_arguments(args, num_classes=5)
+    assert {name: getattr(asked, name) for name in words} == {name: value for name, (_, value) in words.items()}
+    assert DynConfig.from_arguments(vtab.parse_args(["--root", "x"])) == DynConfig()
+    with pytest.raises(SystemExit):
+        vtab.parse_args(["--root", "x", "--mask-share", "much"])
+    from adapting import run_name
+
+    assert run_name(args, plain=True) == "repadapter" and "mask=None" in run_name(args, plain=False)
+
+
+def test_other_domains_with_some_of_the_classes(colours, vtab, tmp_path):
+    for name, colour in (("red", (250, 30, 20)), ("green", (30, 250, 30))):  # no blue
+        (tmp_path / "bright" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (20, 20), colour).save(tmp_path / "bright" / name / f"{index}.png")
+    arguments = ["--datasets", str(colours), "--shots", "8", "--shifted", str(tmp_path / "bright"), "--epochs", "6"]
+    arguments += ["--scales", "1", "--lr", "0.01", "--warmup-epochs", "1", "--workers", "0", "--batch-size", "12"]
+    arguments += [*MODEL, *SMALL, "--exit-interval", "2", "--device", "cpu", "--output", str(tmp_path / "out")]
+    found = vtab.main(arguments)["results"][str(colours)]
+    shifted = found["shifted"]["bright"]
+    assert shifted["classes"] == 2 and shifted["images"] == 8 and len(shifted["points"]) == 2
+    data, present = vtab.shifted_set(tmp_path / "bright", ("blue", "green", "red"))
+    assert present == [1, 2] and sorted({label for _, label in data.samples}) == [0, 1]
+    with pytest.raises(ValueError, match="no class of the training data, such as green"):
+        vtab.shifted_set(tmp_path / "bright", ("blue", "red"))
+
+    class Fixed(torch.nn.Module):  # says class 0 everywhere, which the other domain has not, and then class 2
+        num_exits = 1
+
+        def begin_exits(self, x):
+            return x
+
+        def forward_exit(self, index, state):
+            return torch.tensor([[3.0, 1.0, 2.0]]).expand(len(state), 3), state
+
+    logits, _ = vtab.ClassSubset(Fixed(), present).forward_exit(0, torch.zeros(4, 3))
+    assert logits.shape == (4, 2) and (logits.argmax(-1) == 1).all()
+
+
+def test_few_shots_are_augmented_and_vtab_is_not(vtab):
+    assert vtab.parse_args(["--root", "x", "--shots", "16"]).augment and not vtab.parse_args(["--root", "x"]).augment
+    assert not vtab.parse_args(["--root", "x", "--shots", "16", "--no-augment"]).augment
+    steps = repr(vtab.augmentation((3, 32, 32), (0.5,) * 3, (0.5,) * 3))
+    for part in ("RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter", "RandAugment"):
+        assert part in steps
+
+
+def test_similarity_to_the_labels_is_drawn(colours, tmp_path):
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3)
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **kwargs)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    from exit_plugins import RepAdapterConfig
+
+    get_dyn_peft_model(vit, RepAdapterConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "adapter")
+    arguments = [
+        "--data",
+        str(colours),
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--checkpoint",
+        str(tmp_path / "vit.pth"),
+    ]
+    arguments += ["--model", "vit_tiny_patch16_224", *SMALL, "--img-size", "32", "--against", "dynperceiver_test"]
+    sys.modules["timing"] = load("benchmarks/timing")
+    rows = load("benchmarks/cka").main([*arguments, "--drop-path", "0", "--output", str(tmp_path / "cka.png")])
+    plain, adapted, other = rows.values()
+    assert len(plain) == len(adapted) == 4 and len(other) > 1 and all(0 <= v <= 1 for row in rows.values() for v in row)
+    assert plain == pytest.approx(adapted, abs=1e-5)  # an untrained RepAdapter changes nothing
+    assert json.loads((tmp_path / "cka.json").read_text())["rows"] == rows and (tmp_path / "cka.png").stat().st_size
+
+
 def test_both_averages(vtab):
     names = [name for group in vtab.VTAB.values() for name in group]
     scores = dict(zip(names, np.linspace(0.3, 0.9, 19), strict=True))
@@ -108,7 +218,8 @@ def test_both_averages(vtab):
 
 def test_few_shot_from_a_folder_and_from_lists(colours, vtab, tmp_path):
     args = vtab.parse_args(["--datasets", str(colours), "--shots", "4"])
-    sets, classes = vtab.open_sets(str(colours), args)
+    sets, classes, names = vtab.open_sets(str(colours), args)
+    assert names == ("blue", "green", "red")
     assert classes == 3 and [len(sets[name]) for name in ("train", "val", "test")] == [12, 12, 24]
     assert sorted(label for _, label in sets["train"]) == [0] * 4 + [1] * 4 + [2] * 4
     assert not set(sets["train"].index) & set(sets["val"].index)
@@ -119,7 +230,7 @@ def test_few_shot_from_a_folder_and_from_lists(colours, vtab, tmp_path):
     for name in ("train_meta.list.num_shot_4.seed_0", "val_meta.list", "test_meta.list"):
         (folder / "annotations" / name).write_text("a.png 1\n")
     args = vtab.parse_args(["--root", str(tmp_path), "--datasets", "pets", "--shots", "4"])
-    sets, classes = vtab.open_sets("pets", args)
+    sets, classes, _ = vtab.open_sets("pets", args)
     assert classes == 2 and all(len(data) == 1 for data in sets.values())
 
 

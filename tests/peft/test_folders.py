@@ -215,6 +215,36 @@ def test_a_merged_timm_model_of_the_registry_needs_no_backbone(tmp_path):
     torch.testing.assert_close(plain(make_images()), exits(merged)[-1])
 
 
+@pytest.mark.parametrize("name", ["vit", "swin", "hf_vit", "hf_deit_teacher"])
+@pytest.mark.parametrize("method", [RepAdapterConfig, LoraConfig, peft.VeraConfig])
+def test_a_wider_last_head_is_trained_saved_and_merged(name, method, tmp_path):
+    if method is peft.VeraConfig and name == "swin":
+        pytest.skip("VeRA shares projections between layers, and Swin's widths differ by stage")
+    _, targets, behind = FAMILIES[name]
+    config = method(target_modules=targets if method is not peft.VeraConfig else [behind])
+    plain = make(method(target_modules=config.target_modules), name)
+    dyn = make(config, name, last_head_width=7)
+    names = dyn.family.classifiers(dyn.backbone)
+    width = plain.backbone.get_submodule(names[0]).weight.shape[1]
+    more = len(names) * ((width * 7 + 7 + 7 * 5 + 5) - (width * 5 + 5))
+    assert dyn.get_nb_trainable_parameters()[0] - plain.get_nb_trainable_parameters()[0] == more
+    before = exits(dyn.eval())
+    train(dyn)
+    assert (exits(dyn) != before).any(-1).all()
+    dyn.save_pretrained(tmp_path / "adapter")
+    loaded = DynPeftModel.from_pretrained(make_backbone(name), tmp_path / "adapter")
+    torch.testing.assert_close(exits(loaded), exits(dyn))
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(exits(merged), exits(dyn), atol=1e-5, rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own files have no place for it, which is said
+        merged.save_pretrained(tmp_path / "merged")
+    again = MultiExitBackbone.from_pretrained(tmp_path / "merged", make_backbone(name))
+    torch.testing.assert_close(exits(again), exits(merged))
+    with pytest.raises(ValueError, match="last_head_width=0 was asked for.*with 7"):
+        dyn.add_adapter("second", method(target_modules=config.target_modules), dyn_config=DynConfig())
+
+
 def test_a_model_with_adapters_is_no_merged_one(tmp_path):
     dyn = make()
     with pytest.raises(ValueError, match="merge_and_unload"):
