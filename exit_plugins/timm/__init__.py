@@ -17,7 +17,17 @@ from ._cards import model_card, save_for_hf
 
 __all__ = ["ARCHITECTURES", "list_models", "model_card", "save_for_hf"]
 
-_SHARED = {"clips", "data", "images", "layers", "motion", "split", "train"}
+# What is no architecture.
+_SHARED = {
+    "clips",
+    "data",
+    "images",
+    "layers",
+    "motion",
+    "split",
+    "train",
+    "weights",
+}
 
 ARCHITECTURES = sorted(m.name for m in iter_modules(__path__) if m.name not in _SHARED and not m.name.startswith("_"))
 for _name in ARCHITECTURES:
