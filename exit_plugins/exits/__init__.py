@@ -1,7 +1,7 @@
 """The ground floor: what an exit is, and all that is done with exits whatever the model (torch, numpy, scipy)."""
 
 from .adaptive import AdaptiveModel, ExitOutput
-from .confidence import confidence, fit_temperatures
+from .confidence import fit_temperatures
 from .costs import ExitCosts, exit_costs, exit_latency
 from .evaluation import anytime_curve, budgeted_curve, evaluate_policy
 from .losses import MultiExitLoss
@@ -21,7 +21,6 @@ __all__ = [
     "anytime_curve",
     "budgeted_curve",
     "collect_exits",
-    "confidence",
     "exit_costs",
     "exit_latency",
     "evaluate_policy",

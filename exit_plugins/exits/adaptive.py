@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 import warnings
 from typing import NamedTuple
 
@@ -26,6 +27,24 @@ class ExitOutput(NamedTuple):
     logits: Tensor
     exit_index: Tensor
     confidence: Tensor
+
+
+class _Plan(NamedTuple):
+    """What a call runs under from beginning to end, whatever is set meanwhile."""
+
+    policy: ExitPolicy
+    measure: str
+    exits: tuple[tuple[float, float], ...]  # threshold and temperature of every exit
+    last: int
+
+    @classmethod
+    def of(cls, policy: ExitPolicy) -> "_Plan":
+        exits = zip(policy.thresholds.tolist(), policy.temperatures.tolist(), strict=True)
+        return cls(policy, policy.measure, tuple(exits), policy.last_exit)
+
+
+# CUDA graphs read and write memory of their own: one call at a time.
+_GRAPHS = threading.RLock()
 
 
 class AdaptiveModel(nn.Module):
@@ -73,15 +92,13 @@ class AdaptiveModel(nn.Module):
 
     @property
     def policy(self) -> ExitPolicy:
-        """The policy in use; another may be set at any time and holds from the next batch on."""
-        return self._policy
+        """The policy in use; another may be set at any time, by any thread, and holds from the next call on."""
+        return self._plan.policy
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
         policy.check_model(self.model)
-        self._policy = policy
-        self._thresholds = [float(t) for t in policy.thresholds]
-        self._temperatures = [float(t) for t in policy.temperatures]
+        self._plan = _Plan.of(policy)  # one assignment, read once a call
 
     def train(self, mode: bool = True) -> "AdaptiveModel":
         if mode:
@@ -99,17 +116,18 @@ class AdaptiveModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> ExitOutput:
-        images = self._checked(images)
-        with self._precision(images.device):
-            return self._run_one(images) if len(images) == 1 else self._run(images)
+        images, plan = self._checked(images), self._plan
+        graphs = images.is_cuda and isinstance(self.runner, CompiledSegments)
+        with self._precision(images.device), _GRAPHS if graphs else contextlib.nullcontext():
+            return self._run_one(images, plan) if len(images) == 1 else self._run(images, plan)
 
-    def _run_one(self, images: Tensor) -> ExitOutput:
+    def _run_one(self, images: Tensor, plan: _Plan) -> ExitOutput:
         """A single sample needs no gathers: it goes on or it is done."""
         state = self.runner.begin_exits(images)
-        last = self.policy.last_exit
-        for index, (threshold, temperature) in enumerate(zip(self._thresholds, self._temperatures, strict=True)):
+        last = plan.last
+        for index, (threshold, temperature) in enumerate(plan.exits):
             logits, state = self.runner.forward_exit(index, state)
-            sure = confidence(logits, self.policy.measure, temperature).float()
+            sure = confidence(logits, plan.measure, temperature).float()
             if index == last or float(sure) >= threshold:  # the one synchronisation of this exit
                 break
         if index == last:
@@ -118,7 +136,7 @@ class AdaptiveModel(nn.Module):
         logits = logits.to(_result_dtype(logits), copy=isinstance(self.runner, CompiledSegments))
         return ExitOutput(logits, torch.full((1,), index, device=images.device), sure)
 
-    def _run(self, images: Tensor) -> ExitOutput:
+    def _run(self, images: Tensor, plan: _Plan) -> ExitOutput:
         batch, device = images.shape[0], images.device
         if batch == 0:
             num_classes = int(getattr(self.model, "num_classes", 0) or 0)
@@ -136,10 +154,10 @@ class AdaptiveModel(nn.Module):
         waiting = torch.ones(batch, dtype=torch.bool, device=device)
         count = batch
         state = self.runner.begin_exits(images)
-        last = self.policy.last_exit
-        for index, (threshold, temperature) in enumerate(zip(self._thresholds, self._temperatures, strict=True)):
+        last, times = plan.last, self.times
+        for index, (threshold, temperature) in enumerate(plan.exits):
             logits, state = self.runner.forward_exit(index, state)
-            sure = confidence(logits, self.policy.measure, temperature).float()
+            sure = confidence(logits, plan.measure, temperature).float()
             if answers is None:
                 answers = torch.empty((batch + 1, logits.shape[1]), dtype=_result_dtype(logits), device=device)
             answers.index_copy_(0, position, logits.to(answers.dtype))
@@ -154,7 +172,7 @@ class AdaptiveModel(nn.Module):
             if len(keep) == count:
                 continue
             count = len(keep)
-            if self.times is None or self.times.pays(index + 1, len(position), count):
+            if times is None or times.pays(index + 1, len(position), count):
                 state = select_samples(state, keep)
                 position = position.index_select(0, keep)
                 waiting = torch.ones(count, dtype=torch.bool, device=device)

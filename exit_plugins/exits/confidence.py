@@ -89,6 +89,10 @@ def fit_temperatures(logits: Sequence[Tensor] | Tensor, target: Tensor) -> list[
     """
     from scipy.optimize import minimize_scalar
 
+    if logits is None:
+        raise ValueError(
+            "temperatures are fitted on logits and there are none: collect the table with keep_logits=True."
+        )
     target = torch.as_tensor(target)
     temperatures = []
     for exit_logits in logits:

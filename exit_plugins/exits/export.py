@@ -8,9 +8,8 @@ leaves early, must agree within 1e-4. Needs the ``export`` extra.
 import copy
 import functools
 import hashlib
-import json
 import os
-import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +25,12 @@ from torch.utils import _pytree as pytree
 
 from .adaptive import AdaptiveModel, ExitOutput, inference_copy
 from .confidence import confidence
-from .policy import ExitPolicy, describe_model
+from .export_folder import FORMATS, POLICY, check_replaceable, read_manifest, write_manifest
+from .export_folder import written_whole as _written_whole
+from .files import atomic_path
+from .policy import ExitPolicy
 from .protocol import MultiExit, State, check_input_size, check_multi_exit
+from .reading import reading
 
 __all__ = [
     "ExportedAdaptiveModel",
@@ -37,10 +40,6 @@ __all__ = [
     "quantize_segments",
 ]
 
-FORMATS = ("onnx", "openvino")
-_FORMAT, _VERSION = "exit_plugins.export", 1
-_MANIFEST = "export.json"
-_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # as timm names them
 _TOLERANCE = 1e-4
 _OPSET = 20
 
@@ -57,7 +56,8 @@ def export_segments(
     Args:
         model: a multi-exit module in float32. It is copied, not changed.
         policy: thresholds for it; another policy can be given when the folder is loaded.
-        folder: new, or an earlier export, which is replaced once the new one is verified.
+        folder: new, or an earlier export, which is replaced once the new one is verified: killed at any moment, one of
+            the two stands there complete. Other files in it stay.
         input_size: (channels, height, width) of the images, (frames, channels, height, width) of clips; the batch
             stays free.
         format: ``onnx`` (run by ONNX Runtime) or ``openvino``.
@@ -72,7 +72,7 @@ def export_segments(
     if format not in FORMATS:
         raise ValueError(f"unknown export format {format!r}; choose one of {', '.join(FORMATS)}.")
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     images = _images(model, input_size)
     with _written_whole(folder) as part:
         segments = []
@@ -80,7 +80,7 @@ def export_segments(
             name = f"segment_{index}.onnx"
             onnx_model.save(part / name)
             segments.append(name if format == "onnx" else _to_openvino(part / name))
-        _write_manifest(part, policy, segments, format, input_size, model)
+        write_manifest(part, policy, segments, format, input_size, model)
         _verify(model, ExportedSegments(part), images)
     return ExportedAdaptiveModel(folder)
 
@@ -102,13 +102,10 @@ def export_graph(
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file, for example {path / 'model.onnx'}.")
     images = _images(model, input_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        part = Path(scratch) / "model.onnx"
+    with atomic_path(path) as part:
         segments = [program.model_proto for program in _onnx_segments(inference_copy(model), images)]
         _require("onnx").save(_adaptive_graph(segments, policy), part)
         _verify_graph(model, policy, GraphRunner(part), images)
-        os.replace(part, path)
     return GraphRunner(path)
 
 
@@ -129,10 +126,13 @@ class ExportedSegments(MultiExit, nn.Module):
     def __init__(self, folder: str | os.PathLike, threads: int | None = None, bfloat16: bool = False) -> None:
         super().__init__()
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder)
         described = self.manifest["model"]
         self.num_exits = described["num_exits"]
-        self.num_classes = described["num_classes"] or 0
+        self.num_classes = described.get("num_classes") or 0
+        self.in_chans = described.get("in_chans")
+        self.model_kwargs = described.get("model_kwargs")
+        self.weights = described.get("weights")
         self.input_size = tuple(self.manifest["input_size"])
         self.sample_ndim = len(self.input_size)
         self.pretrained_cfg = {
@@ -143,9 +143,8 @@ class ExportedSegments(MultiExit, nn.Module):
         if bfloat16 and self.manifest["runtime"] != "openvino":
             raise ValueError("bfloat16 is a choice of OpenVINO; export with format='openvino' for it.")
         load = _onnx_session if self.manifest["runtime"] == "onnx" else _openvino_session
-        self._sessions = [
-            load(self.folder / segment["file"], threads, bfloat16) for segment in self.manifest["segments"]
-        ]
+        with reading(self.folder, "export", "export again"):
+            self._sessions = [load(self.folder / name, threads, bfloat16) for name in self.manifest["segments"]]
         self.eval()
 
     def train(self, mode: bool = True) -> "ExportedSegments":
@@ -174,7 +173,8 @@ class ExportedAdaptiveModel(AdaptiveModel):
         policy: default the one exported.
         threads, bfloat16: see ``ExportedSegments``.
 
-    One call at a time with OpenVINO; load the folder once for every thread that calls.
+    Threads may share it and swap its policy meanwhile: every call runs under one policy from beginning to end. With
+    OpenVINO they take turns at each segment; load the folder once for every thread to run in parallel.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class ExportedAdaptiveModel(AdaptiveModel):
         bfloat16: bool = False,
     ) -> None:
         segments = ExportedSegments(folder, threads, bfloat16)
-        super().__init__(segments, policy or ExitPolicy.load(Path(folder) / "policy.json"))
+        super().__init__(segments, policy or ExitPolicy.load(Path(folder) / POLICY))
 
     def forward(self, images: Tensor) -> ExitOutput:
         # torch only takes confidences and gathers here. A second thread gains nothing for that, and spins on afterwards
@@ -203,9 +203,8 @@ class GraphRunner:
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no exported graph at {path}; write one with export_graph.")
-        self.session = _inference_session(Path(path), threads)
+        with reading(path, "exported graph", "export it again", "write one with export_graph"):
+            self.session = _inference_session(Path(path), threads)
 
     def __call__(self, images: Tensor, thresholds: Sequence[float] | None = None) -> ExitOutput:
         feed = {"images": images.detach().cpu().float().contiguous().numpy()}
@@ -242,12 +241,12 @@ def quantize_segments(
     if not batches:
         raise ValueError("quantisation needs images to find the ranges of the activations with.")
     destination = Path(destination)
-    _check_replaceable(destination)
+    check_replaceable(destination)
     states = [exported.begin_exits(images) for images in batches]
     with _written_whole(destination) as part:
         names = []
-        for index, segment in enumerate(exported.manifest["segments"]):
-            name, source = segment["file"], part / "optimised.onnx"
+        for index, name in enumerate(exported.manifest["segments"]):
+            source = part / "optimised.onnx"
             preprocess(exported.folder / name, source, skip_symbolic_shape=True)
             if weights_only:
                 quantization.quantize_dynamic(source, part / name, op_types_to_quantize=["MatMul", "Gemm"])
@@ -262,11 +261,13 @@ def quantize_segments(
             source.unlink()
             names.append(name)
             states = [exported.forward_exit(index, state)[1] for state in states]
-        policy = ExitPolicy.load(exported.folder / "policy.json")
-        _write_manifest(part, policy, names, "onnx", exported.input_size, exported)
+        policy = ExitPolicy.load(exported.folder / POLICY)
+        # Its weights are no longer those of the model: they are known by what they were made from and how.
+        weights = hashlib.sha256(b"".join((part / name).read_bytes() for name in names)).hexdigest()
+        about = {"weights": weights, "precision": "int8"}
+        write_manifest(part, policy, names, "onnx", exported.input_size, exported, **about)
         report = _change(exported, ExportedSegments(part), batches)
-        manifest = json.loads((part / _MANIFEST).read_text())
-        (part / _MANIFEST).write_text(json.dumps(manifest | {"precision": "int8", "quantisation": report}, indent=2))
+        write_manifest(part, policy, names, "onnx", exported.input_size, exported, quantisation=report, **about)
     return report
 
 
@@ -557,10 +558,7 @@ def _inference_session(path: Path, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # Every session has threads of its own, which spin for a while after a run: on the cores of the next segment.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ValueError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _onnx_session(path: Path, threads: int | None, bfloat16: bool) -> _Session:
@@ -578,14 +576,12 @@ def _openvino_session(path: Path, threads: int | None, bfloat16: bool) -> _Sessi
         "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
     }
     core = openvino.Core()
-    try:
-        model = core.read_model(path)
-        for_batches = core.compile_model(model, "CPU", config)
-        # Single samples run in a network of fixed shape, which OpenVINO plans better.
-        model.reshape({value: [1, *[d.get_length() for d in list(value.partial_shape)[1:]]] for value in model.inputs})
-        for_one = core.compile_model(model, "CPU", config)
-    except Exception as error:
-        raise ValueError(f"OpenVINO cannot load {path}: {str(error).splitlines()[0]}") from error
+    model = core.read_model(path)
+    for_batches = core.compile_model(model, "CPU", config)
+    # Single samples run in a network of fixed shape, which OpenVINO plans better.
+    model.reshape({value: [1, *[d.get_length() for d in list(value.partial_shape)[1:]]] for value in model.inputs})
+    for_one = core.compile_model(model, "CPU", config)
+    turn = threading.Lock()  # a compiled network runs one request at a time
     # OpenVINO orders inputs and outputs as it likes, and joins outputs that are the same tensor: names tell.
     read = {name for value in model.inputs for name in value.names}
     written = {name for value in model.outputs for name in value.names}
@@ -594,8 +590,9 @@ def _openvino_session(path: Path, threads: int | None, bfloat16: bool) -> _Sessi
     def run(leaves: list[np.ndarray]) -> list[np.ndarray]:
         compiled = for_one if len(leaves[0]) == 1 else for_batches
         given = zip(_leaf_names(len(leaves)), leaves, strict=True)
-        results = compiled({name: leaf for name, leaf in given if name in read}, share_inputs=True)
-        return [results[name] for name in names]
+        with turn:
+            results = compiled({name: leaf for name, leaf in given if name in read}, share_inputs=True)
+            return [results[name] for name in names]
 
     return _Session(sorted(read), run)
 
@@ -638,79 +635,6 @@ def _images(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     with torch.no_grad():
         model.forward_exits(images[:2])  # an image the model refuses shall be refused in the model's words
     return images
-
-
-@contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place if the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        part, old = Path(scratch) / "new", Path(scratch) / "old"
-        part.mkdir()
-        yield part
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(part, folder)
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; name a folder to export into.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).is_file():
-        raise ValueError(f"{folder} holds files that are not an export; name a new folder.")
-
-
-def _write_manifest(
-    folder: Path,
-    policy: ExitPolicy,
-    segments: list[str],
-    runtime: str,
-    input_size: Sequence[int],
-    model: nn.Module,
-) -> None:
-    policy.save(folder / "policy.json")
-    config = getattr(model, "pretrained_cfg", None) or {}
-    config = config if isinstance(config, dict) else vars(config)
-    document = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "runtime": runtime,
-        "precision": "float32",
-        "input_size": list(input_size),
-        "model": describe_model(model),
-        "preprocessing": {key: config[key] for key in _PREPROCESSING if config.get(key) is not None},
-        "torch": torch.__version__,
-        "segments": [{"file": name, "sha256": _digest(folder / name)} for name in segments],
-    }
-    (folder / _MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"no export in {folder} (it has no {_MANIFEST}); write one with export_segments.")
-    try:
-        document = json.loads(path.read_text())
-        if document["format"] != _FORMAT or document["version"] != _VERSION:
-            raise ValueError(f"format {document['format']!r} version {document['version']}")
-        segments = [(folder / entry["file"], entry["sha256"]) for entry in document["segments"]]
-        if len(segments) != document["model"]["num_exits"] or document["runtime"] not in FORMATS:
-            raise ValueError("its fields contradict each other")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a manifest this package reads ({error}); export again.") from error
-    for file, digest in segments:
-        if not file.is_file() or _digest(file) != digest:
-            raise ValueError(f"{file} is missing or not the file that was exported; export again.")
-    return document
-
-
-def _digest(path: Path) -> str:
-    """Of the file and, for OpenVINO, of the weights beside it."""
-    digest = hashlib.sha256(path.read_bytes())
-    weights = path.with_suffix(".bin")
-    if path.suffix == ".xml" and weights.is_file():
-        digest.update(weights.read_bytes())
-    return digest.hexdigest()
 
 
 # Verification

@@ -158,10 +158,14 @@ def atomic_folder(path: str | os.PathLike, without: Iterable[str | os.PathLike] 
 
     Until then ``path`` is as it was, whatever happens, and from then on it holds what the block wrote and, beside it,
     what ``path`` held under other names: those files are linked over, never moved out of a folder that could vanish.
-    Files named in ``without`` (relative to ``path``) are not kept: what the new ones make obsolete.
     Killed at any moment, ``path`` is the whole old folder or the whole new one (on Linux, where two folders change
     places in one step; elsewhere there is an instant in which the old one stands beside it under a hidden name, and the
     next call puts it back). What a killed run left behind is removed by the next call for the same ``path``.
+
+    Args:
+        path: the folder; made if there is none.
+        without: files of the old folder, relative to it, that go although the block does not write them again: what
+            the new ones make obsolete.
 
     A ``path`` that cannot be renamed (a mount point, a folder in one that is not writable) gets the files one by one,
     each of them whole.
@@ -182,15 +186,15 @@ def atomic_folder(path: str | os.PathLike, without: Iterable[str | os.PathLike] 
             written = _files(new)
             for file in written:
                 _sync(new / file)
-            written |= {Path(name) for name in without}
+            gone = {Path(file) for file in without} - written
             if inside:
                 _place(new, path)
-                for name in without:
-                    (path / name).unlink(missing_ok=True)
+                for file in gone:
+                    (path / file).unlink(missing_ok=True)
                 shutil.rmtree(new)
                 return
             if path.exists():
-                _link_others(path, new, written)
+                _link_others(path, new, written | gone)
                 shutil.copymode(path, new)
             else:
                 os.chmod(new, 0o777 & ~_umask())
@@ -201,7 +205,7 @@ def atomic_folder(path: str | os.PathLike, without: Iterable[str | os.PathLike] 
             raise
     _sync(path.parent)
     if old is not None:
-        _empty(old, path, written)
+        _empty(old, path, written | gone)
 
 
 def _umask() -> int:

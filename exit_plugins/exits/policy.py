@@ -4,16 +4,18 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from .confidence import CONFIDENCES
+from .confidence import check_measure, check_temperatures
 from .digests import SampleRecord, describe_model, weights_digest
 from .files import atomic_write
+from .reading import reading, strict_json
+from .schema import CERTIFICATE, MODEL, SOURCE, check_fields, numbers, plain
 
 if TYPE_CHECKING:
     from .table import ExitTable
@@ -69,11 +71,13 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        thresholds = np.array(self.thresholds, dtype=np.float32)
-        if thresholds.ndim != 1 or len(thresholds) == 0:
-            raise ValueError(f"thresholds must be a list with one number per exit, got shape {thresholds.shape}.")
-        if np.isnan(thresholds).any():
-            raise ValueError(f"thresholds must not be NaN, got {thresholds.tolist()}; use inf to close an exit.")
+        wide = numbers(self.thresholds, "thresholds")
+        if np.isnan(wide).any():
+            raise ValueError(f"thresholds must not be NaN, got {wide.tolist()}; use inf to close an exit.")
+        with np.errstate(over="ignore"):
+            thresholds = wide.astype(np.float32)
+        if (np.isinf(thresholds) & np.isfinite(wide)).any():
+            raise ValueError(f"thresholds are compared as float32, which {wide.tolist()} exceed; use inf or -inf.")
         # The last exit answers whatever its confidence: any number written there by hand means the same.
         thresholds[-1] = -math.inf
         if self.max_exit is not None:
@@ -81,25 +85,33 @@ class ExitPolicy:
                 raise ValueError(f"max_exit must be an exit index below {len(thresholds)}, got {self.max_exit!r}.")
             thresholds[self.max_exit :] = -math.inf
         set_(self, "thresholds", thresholds)
-        if self.measure not in CONFIDENCES:
-            raise ValueError(f"unknown confidence {self.measure!r}; choose one of {', '.join(CONFIDENCES)}.")
-        temperatures = np.ones(self.num_exits) if self.temperatures is None else np.array(self.temperatures, float)
-        if temperatures.shape != thresholds.shape or not ((temperatures > 0) & np.isfinite(temperatures)).all():
-            raise ValueError(f"temperatures must be {self.num_exits} positive numbers, got {temperatures.tolist()}.")
-        set_(self, "temperatures", temperatures)
+        check_measure(self.measure)
+        temperatures = None if self.temperatures is None else numbers(self.temperatures, "temperatures").tolist()
+        set_(self, "temperatures", np.array(check_temperatures(temperatures, self.num_exits)))
         if self.costs is not None:
-            costs = np.array(self.costs, float)
-            if costs.shape != thresholds.shape:
-                raise ValueError(f"costs for {costs.size} exits do not fit {self.num_exits} thresholds.")
+            costs = numbers(self.costs, "costs", self.num_exits)
             if not np.isfinite(costs).all() or (costs <= 0).any() or (np.diff(costs) < 0).any():
                 raise ValueError(f"costs are cumulative, positive and never falling; got {costs.tolist()}.")
             set_(self, "costs", costs)
-        for name in ("model", "certificate", "source"):
-            if not isinstance(getattr(self, name), dict) and (name == "source" or getattr(self, name) is not None):
-                raise TypeError(f"{name} must be a mapping, got {type(getattr(self, name)).__name__}.")
-        num_exits = (self.model or {}).get("num_exits", self.num_exits)
-        if num_exits != self.num_exits:
-            raise ValueError(f"{self.num_exits} thresholds do not fit a model with {num_exits} exits.")
+        for array in (self.thresholds, self.temperatures, self.costs):
+            if array is not None:
+                array.setflags(write=False)
+        for name, fields in (("model", MODEL), ("source", SOURCE), ("certificate", CERTIFICATE)):
+            block = getattr(self, name)
+            if block is None and name != "source":
+                continue
+            if not isinstance(block, Mapping):
+                raise TypeError(f"{name} must be a mapping, got {type(block).__name__}.")
+            set_(self, name, plain(block, name))
+            check_fields(getattr(self, name), name, fields)
+        model, shares = self.model or {}, self.source.get("shares")
+        if model.get("num_exits") not in (None, self.num_exits):
+            raise ValueError(f"{self.num_exits} thresholds do not fit a model with {model['num_exits']} exits.")
+        if shares is not None and len(shares) != self.num_exits:
+            raise ValueError(f"source['shares'] holds {len(shares)} shares for {self.num_exits} exits.")
+        classes, num_classes = model.get("classes"), model.get("num_classes")
+        if classes is not None and num_classes is not None and len(classes) != num_classes:
+            raise ValueError(f"model['classes'] names {len(classes)} classes of {num_classes}.")
 
     @property
     def num_exits(self) -> int:
@@ -150,17 +162,18 @@ class ExitPolicy:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON file, whole or not at all."""
+        checked = replace(self)  # the blocks may have been changed since
         document = {
             "format": _FORMAT,
             "version": _VERSION,
-            "thresholds": [_to_json(t) for t in self.thresholds],
-            "measure": self.measure,
-            "temperatures": self.temperatures.tolist(),
-            "costs": None if self.costs is None else self.costs.tolist(),
-            "model": self.model,
-            "source": self.source,
-            "certificate": self.certificate,
-            "max_exit": self.max_exit,
+            "thresholds": [_to_json(t) for t in checked.thresholds],
+            "measure": checked.measure,
+            "temperatures": checked.temperatures.tolist(),
+            "costs": None if checked.costs is None else checked.costs.tolist(),
+            "model": checked.model,
+            "source": checked.source,
+            "certificate": checked.certificate,
+            "max_exit": checked.max_exit,
         }
         # A line per field: indented further, thousands of sample digests would stand on a line each.
         lines = (f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in document.items())
@@ -170,26 +183,22 @@ class ExitPolicy:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ExitPolicy":
         """Read a policy; FileNotFoundError, or ValueError in one line for a file that is not a whole policy."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no policy at {path}; solve one with solve_thresholds(...).save({str(path)!r}).")
-        try:
-            document = json.loads(Path(path).read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); it may be cut off, write it again.") from error
-        if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not an exit policy (its format field is not {_FORMAT!r}).")
-        if document.get("version") != _VERSION:
-            raise ValueError(f"{path} has version {document.get('version')}, this package reads version {_VERSION}.")
-        unknown = set(document) - {"format", "version", *cls.__dataclass_fields__}
-        if unknown:
-            raise ValueError(f"{path} holds unknown fields: {', '.join(sorted(unknown))}.")
-        try:
-            return cls(
-                thresholds=np.array([_from_json(t) for t in document["thresholds"]]),
-                **{key: document[key] for key in cls.__dataclass_fields__ if key != "thresholds" and key in document},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a valid exit policy: {error}") from error
+        missing = f"solve one with solve_thresholds(...).save({str(path)!r})"
+        with reading(path, "policy", "write it again", missing):
+            document = strict_json(Path(path).read_bytes())
+            if not isinstance(document, dict) or document.get("format") != _FORMAT:
+                raise ValueError(f"its format field is not {_FORMAT!r}")
+            version = document.get("version")
+            if type(version) is not int or version != _VERSION:
+                raise ValueError(f"it has version {version}, this package reads version {_VERSION}")
+            names = {"format", "version", *cls.__dataclass_fields__}
+            for kind, wrong in (("unknown", set(document) - names), ("no", names - set(document))):
+                if wrong:
+                    raise ValueError(f"it holds {kind} fields {', '.join(sorted(wrong))}")
+            fields = {key: document[key] for key in cls.__dataclass_fields__}
+            if not isinstance(fields["thresholds"], list):
+                raise ValueError("thresholds must be a list with one number per exit")
+            return cls(**fields | {"thresholds": [_from_json(t) for t in fields["thresholds"]]})
 
 
 def _to_json(threshold: np.float32) -> float | str:
@@ -200,6 +209,4 @@ def _to_json(threshold: np.float32) -> float | str:
 def _from_json(threshold: float | str) -> float:
     if isinstance(threshold, str) and threshold not in ("inf", "-inf"):
         raise ValueError(f"threshold {threshold!r} is neither a number nor 'inf' nor '-inf'")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, str)):
-        raise ValueError(f"threshold {threshold!r} is not a number")
-    return float(threshold)
+    return float(threshold) if isinstance(threshold, str) else threshold

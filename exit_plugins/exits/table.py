@@ -23,6 +23,7 @@ from .files import atomic_write, check_target
 from .parts import PartFile, Record
 from .protocol import check_multi_exit, exit_device
 from .reading import reading, strict_json
+from .schema import MODEL, Fields, check_fields, is_text, plain
 
 __all__ = ["ExitTable", "collect_exits"]
 
@@ -103,7 +104,7 @@ class ExitTable:
             if self.sample.shape != self.target.shape:
                 raise ValueError(f"sample digests {self.sample.shape} do not fit {self.num_samples} samples.")
         if self.about is not None:
-            _check_about(self.about, self.num_exits)
+            set_(self, "about", _check_about(self.about, self.num_exits))
         check_measure(self.measure)
         set_(self, "temperatures", check_temperatures(self.temperatures or None, self.num_exits))
 
@@ -241,18 +242,24 @@ def _members_digest(members: Mapping[str, np.ndarray]) -> str:
     return hasher.hexdigest()
 
 
-def _check_about(about: Any, num_exits: int) -> None:
+_ABOUT: Fields = {
+    **{name: MODEL[name] for name in ("weights", "input_size", "classes")},
+    **dict.fromkeys(("transform", "data", "split"), ("a text", is_text)),
+}
+
+
+def _check_about(about: Any, num_exits: int) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise ValueError(f"about is a mapping of plain values, got {type(about).__name__}.")
-    try:
-        json.dumps(about, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"about holds only what JSON can say: {error}.") from error
-    described = about.get("model")
-    if described is not None and not isinstance(described, dict):
+    about = plain(about, "about")
+    described = about.get("model") or {}
+    if not isinstance(described, dict):
         raise ValueError(f"about['model'] is what describe_model says, got {type(described).__name__}.")
-    if (described or {}).get("num_exits", num_exits) != num_exits:
+    check_fields(described, "about['model']", MODEL)
+    check_fields(about, "about", _ABOUT)
+    if described.get("num_exits", num_exits) != num_exits:
         raise ValueError(f"a table of {num_exits} exits is not of a model with {described['num_exits']}.")
+    return about
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -681,6 +681,10 @@ def _model_of(table: ExitTable, model: nn.Module | dict[str, Any] | None) -> dic
 
 def _target(split: _Split, budget: float | None, accuracy: float | None) -> _Target:
     if budget is not None:
+        if budget == np.inf:
+            raise ValueError(
+                f"a budget is a finite number; for no limit give the last exit's cost, {split.costs[-1]:.6g}."
+            )
         least = split.point(split.everybody_first()).cost
         if not budget >= least:
             raise ValueError(

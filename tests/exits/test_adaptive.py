@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import exit_plugins.timm
 from exit_plugins import AdaptiveModel, ExitPolicy
-from exit_plugins.exits import confidence
+from exit_plugins.exits.confidence import confidence
 from exit_plugins.exits.costs import SegmentTimes, segment_times
 from exit_plugins.exits.protocol import batch_size, select_samples
 

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 
 import exit_plugins.timm
 from exit_plugins import AdaptiveModel, ExitPolicy, collect_exits
-from exit_plugins.exits import confidence
 from exit_plugins.exits.compiled import CompiledSegments
+from exit_plugins.exits.confidence import confidence
 
 # Every architecture is traced and run; only the small models go through code generation, which takes most of the time.
 REGISTERED = [name for name in exit_plugins.timm.list_models(clips=False) if name.endswith("_test")]

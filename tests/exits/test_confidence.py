@@ -62,3 +62,14 @@ def test_temperatures_are_not_fitted_on_nan_or_nothing():
         fit_temperatures(torch.full((1, 3, 2), math.nan), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="as many logits as targets, and some"):
         fit_temperatures(torch.zeros(1, 0, 2), torch.zeros(0, dtype=torch.int64))
+
+
+def test_docs_name_modules_and_importing_gives_them():
+    import exit_plugins.exits.confidence as module
+
+    assert module.CONFIDENCES is CONFIDENCES and module.confidence is confidence
+
+
+def test_fitting_on_a_table_without_logits_says_what_to_do():
+    with pytest.raises(ValueError, match="collect the table with keep_logits=True"):
+        fit_temperatures(None, torch.zeros(3))

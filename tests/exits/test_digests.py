@@ -88,8 +88,8 @@ def test_table_knows_where_it_comes_from(tmp_path):
     ("wrong", "message"),
     [
         (dict(sample=np.zeros(3)), "do not fit 4 samples"),
-        (dict(about={"x": float("nan")}), "only what JSON can say"),
-        (dict(about={"x": torch.ones(1)}), "only what JSON can say"),
+        (dict(about={"x": float("nan")}), "JSON holds finite numbers only"),
+        (dict(about={"weights": "abc"}), "must be a SHA-256"),
         (dict(about={"model": {"num_exits": 3}}), "not of a model with 3"),
         (dict(about="resnet"), "mapping of plain values"),
     ],

@@ -64,20 +64,46 @@ def test_file_gives_every_field_back(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda d: d.update(thresholds=["high", 0, 0]), "threshold 'high' is neither a number"),
-    (lambda d: d.update(thresholds=[True, 0, 0]), "threshold True is not a number"),
+    (lambda d: d.update(thresholds=["nan", 0, 0]), "threshold 'nan' is neither a number"),
+    (lambda d: d.update(thresholds=["0.5", 0, 0]), "threshold '0.5' is neither a number"),
+    (lambda d: d.update(thresholds=[True, 0, 0]), "'True' is none"),
+    (lambda d: d.update(thresholds=[[0.5], 0, 0]), "is none"),
+    (lambda d: d.update(thresholds=[10**400, 0, 0]), "is none"),
+    (lambda d: d.update(thresholds=[1e300, 0, 0]), "compared as float32"),
     (lambda d: d.update(thresholds=[]), "one number per exit"),
-    (lambda d: d.update(thresholds=0.5), "not a valid exit policy"),
+    (lambda d: d.update(thresholds=0.5), "one number per exit"),
+    (lambda d: d.update(thresholds={"0": 0.5}), "one number per exit"),
     (lambda d: d.update(thresholds=[0.5, 0]), "temperatures must be 2"),
-    (lambda d: d.pop("thresholds"), "not a valid exit policy"),
+    (lambda d: d.pop("thresholds"), "no fields thresholds"),
+    (lambda d: d.pop("temperatures"), "no fields temperatures"),
     (lambda d: d.update(measure="luck"), "unknown confidence 'luck'"),
-    (lambda d: d.update(temperatures=[1, 0, 1]), "temperatures must be 3 positive"),
+    (lambda d: d.update(measure=["entropy"]), "unknown confidence"),
+    (lambda d: d.update(temperatures=[1, 0, 1]), "temperatures must be 3 numbers"),
+    (lambda d: d.update(temperatures=[1, 1e-320, 1]), "temperatures must be 3 numbers"),
+    (lambda d: d.update(temperatures=["1", 1, 1]), "temperatures must be one number per exit"),
+    (lambda d: d.update(temperatures=[True, 1, 1]), "temperatures must be one number per exit"),
+    (lambda d: d.update(temperatures="111"), "temperatures must be a list"),
     (lambda d: d.update(costs=[3, 2, 1]), "never falling"),
-    (lambda d: d.update(costs="cheap"), "not a valid exit policy"),
+    (lambda d: d.update(costs=["1", 2, 3]), "costs must be one number per exit"),
+    (lambda d: d.update(costs="cheap"), "costs must be a list"),
     (lambda d: d.update(version=2), "has version 2, this package reads version 1"),
-    (lambda d: d.update(format="other"), "not an exit policy"),
-    (lambda d: d.update(treshold=1), "unknown fields: treshold"),
+    (lambda d: d.update(version=1.0), "has version 1.0"),
+    (lambda d: d.update(version=True), "has version True"),
+    (lambda d: d.update(format="other"), "not a readable policy"),
+    (lambda d: d.update(treshold=1), "unknown fields treshold"),
     (lambda d: d.update(model="resnet"), "model must be a mapping"),
+    (lambda d: d["model"].update(num_exits=3.0), "'num_exits'.* must be a whole number"),
+    (lambda d: d["model"].update(num_exits=4), "do not fit a model with 4 exits"),
+    (lambda d: d["model"].update(classes=["a"]), "names 1 classes of 5"),
+    (lambda d: d["model"].update(weights="abc"), "must be a SHA-256"),
+    (lambda d: d.update(source=None), "source must be a mapping"),
+    (lambda d: d["source"].update(samples={"count": "10"}), "must be a count"),
+    (lambda d: d["source"].update(cost="cheap"), "'cost'.* must be a number"),
+    (lambda d: d["source"].update(shares=[1.0]), "holds 1 shares for 3 exits"),
+    (lambda d: d["certificate"].update(epsilon=2), "'epsilon'.* must be a number from 0 to 1"),
     (lambda d: d.update(max_exit=7), "max_exit must be an exit index below 3"),
+    (lambda d: d.update(max_exit=True), "max_exit must be an exit index below 3"),
+    (lambda d: d.update(max_exit=1.0), "max_exit must be an exit index below 3"),
 ])  # fmt: skip
 def test_hand_edited_file_is_one_clear_line(tmp_path, change, message):
     path = tmp_path / "p.json"
@@ -98,6 +124,70 @@ def test_truncated_file_is_one_clear_line(tmp_path, keep):
     with pytest.raises(ValueError, match="may be cut off") as caught:
         ExitPolicy.load(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"measure": "entropy"', '"measure": "entropy", "measure": "margin"', "the key 'measure' comes twice"),
+        ('"method": "lagrangian"', '"method": "lagrangian", "cost": NaN', "NaN is not a number"),
+        ('"method": "lagrangian"', '"method": "lagrangian", "x": [Infinity]', "Infinity is not a number"),
+        ('"method": "lagrangian"', '"method": "lagrangian", "x": 1e999', "1e999 is out of range"),
+        ('"method": "lagrangian"', '"method": "lagrangian", "x": ' + "[" * 60 + "]" * 60, "nested too deeply"),
+        ('"method": "lagrangian"', '"method": "lagrangian", "x": ' + "[" * 100_000, "nested too deeply"),
+        ('"method": "lagrangian"', '"method": "\xff"', "it is not text"),
+    ],
+)
+def test_json_that_is_no_policy_is_one_clear_line(tmp_path, old, new, message):
+    path = tmp_path / "p.json"
+    full_policy().save(path)
+    assert old in path.read_text()
+    path.write_bytes(path.read_text().replace(old, new).encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as caught:
+        ExitPolicy.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(source={"target": {"budget": float("inf")}}),
+        dict(source={"accuracy": float("nan")}),
+        dict(source={1: 2}),
+        dict(certificate={"x": torch.ones(1)}),
+        dict(temperatures=[1e-320, 1.0]),
+        dict(temperatures=["1", 1.0]),
+        dict(costs=[True, 2.0]),
+        dict(thresholds=["0.5", 0]),
+        dict(thresholds=np.array(["0.5", "0"])),
+        dict(thresholds=[True, False]),
+        dict(thresholds=[0.5 + 1j, 0]),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_refused_when_made(wrong):
+    with pytest.raises((ValueError, TypeError)):
+        ExitPolicy(**({"thresholds": [0.5, 0]} | wrong))
+
+
+def test_policy_that_was_spoiled_is_not_saved(tmp_path):
+    policy = ExitPolicy([0.5, 0], source={"cost": 1.0})
+    policy.source["cost"] = float("nan")
+    with pytest.raises(ValueError, match=r"source\['cost'\] is nan"):
+        policy.save(tmp_path / "p.json")
+    assert not (tmp_path / "p.json").exists()
+    with pytest.raises(ValueError, match="read-only"):
+        policy.thresholds[0] = 0.1
+
+
+def test_numbers_of_any_kind_make_the_same_policy(tmp_path):
+    made = [
+        ExitPolicy(kind([0.25, 0.5, 1]), source={"cost": np.float32(2), "shares": np.array([0.5, 0.5, 0])})
+        for kind in (list, tuple, np.array, np.float32, torch.tensor)
+    ]
+    for policy in made:
+        policy.save(tmp_path / "p.json")
+        assert ExitPolicy.load(tmp_path / "p.json").thresholds.tolist() == [0.25, 0.5, -np.inf]
+        assert policy.source == {"cost": 2.0, "shares": [0.5, 0.5, 0.0]}
 
 
 def test_missing_file_says_how_to_make_one(tmp_path):
