@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from ..exits.reading import UnreadableFile
+
 __all__ = [
     "VIDEO_EXTENSIONS",
     "ClipTransform",
@@ -45,7 +47,7 @@ class VideoFile(Sequence):
 
     Raises, when read:
         FileNotFoundError, ImportError: there is no such file; PyAV is not installed.
-        ValueError: the file is no video, or is damaged; it is named.
+        UnreadableFile: the file is no video, or is damaged; it is named.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,6 +62,8 @@ class VideoFile(Sequence):
             with self._opened() as (container, stream):
                 # Packets are counted without decoding; the number in the header is often missing or wrong.
                 self._length = sum(packet.size > 0 for packet in container.demux(stream))
+            if self._length == 0:
+                raise UnreadableFile(f"{self.path} holds no frames; copy or cut it anew.")
         return self._length
 
     def __getitem__(self, index: int) -> Image.Image:
@@ -82,7 +86,7 @@ class VideoFile(Sequence):
                         break
         if len(found) < len(wanted):
             missing = max(wanted - found.keys())
-            raise ValueError(f"{self.path} breaks off: it has no frame {missing}; copy or cut it anew.")
+            raise UnreadableFile(f"{self.path} breaks off: it has no frame {missing}; copy or cut it anew.")
         return [found[int(index)] for index in indices]
 
     @contextmanager
@@ -96,10 +100,10 @@ class VideoFile(Sequence):
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
-                    raise ValueError(f"{self.path} holds no video stream.")
+                    raise UnreadableFile(f"{self.path} holds no video stream.")
                 yield container, container.streams.video[0]
         except av.error.FFmpegError as error:
-            raise ValueError(f"{self.path} is no video that can be decoded ({error.strerror}).") from error
+            raise UnreadableFile(f"{self.path} is no video that can be decoded ({error.strerror}).") from error
 
 
 class FrameFolder(Sequence):
@@ -126,7 +130,7 @@ class FrameFolder(Sequence):
         except FileNotFoundError:
             raise FileNotFoundError(f"no frame {path}, though its list gives the clip {self.length} frames.") from None
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} is not an image that can be read: {error}") from error
+            raise UnreadableFile(f"{path} is not an image that can be read: {error}") from error
 
 
 def _take(clip: Sequence[Image.Image], indices: Sequence[int]) -> list[Image.Image]:
@@ -247,8 +251,8 @@ def _template(folder: Path) -> str:
 def sample_frames(length: int, num_frames: int, training: bool = False) -> np.ndarray:
     """Indices (``num_frames``,) of the frames taken of ``length``: one from each of so many equal segments.
 
-    TSM's sampling: in training the frame's position in its segment is random (numpy's, so that torch's loader seeds
-    it through ``torch.rand``), otherwise its middle. A clip shorter than ``num_frames`` has frames repeated.
+    TSM's sampling: in training the frame's position in its segment is random (torch's generator, which loaders seed in
+    every worker), otherwise its middle. A clip shorter than ``num_frames`` has frames repeated.
     """
     if length < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} frames of {length}.")
