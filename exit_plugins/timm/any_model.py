@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ..exits.clips import sample_size
 from ..exits.protocol import MultiExit
 from ._checkpoints import read_checkpoint
 from .layers import check_image, fold_pair, use_matrix_products
@@ -138,6 +139,8 @@ class WithExits(MultiExit, nn.Module):
         super().__init__()
         if isinstance(backbone, MultiExit):
             raise ValueError(f"{type(backbone).__name__} has exits of its own.")
+        if sample_size(backbone, ()):
+            raise ValueError(f"{type(backbone).__name__} takes clips: give the image network exits, then shift it.")
         if not callable(head) and head not in HEADS:
             raise ValueError(f"unknown head {head!r}; choose one of {', '.join(HEADS)}, or give a function.")
         if train not in TRAIN:

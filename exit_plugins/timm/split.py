@@ -97,6 +97,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         # A trace through torch.utils.checkpoint would stay in it for ever.
         if getattr(module, "grad_checkpointing", False):
             module.grad_checkpointing = False
+        # Hooks on layers change no shape, and a temporal shift would ask for whole clips.
+        module._forward_pre_hooks.clear()
     return shadow
 
 

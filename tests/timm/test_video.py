@@ -11,6 +11,7 @@ import exit_plugins
 from exit_plugins import AdaptiveModel, ExitPolicy, exit_costs
 from exit_plugins.exits.clips import FrameNetwork
 from exit_plugins.exits.policy import describe_model
+from exit_plugins.timm.any_model import add_exits
 from exit_plugins.timm.video import FrameStream, TemporalShift, shift_frames, shifts_of, temporal_shift
 
 
@@ -238,6 +239,29 @@ def test_saved_folder_loads_again(tmp_path):
     with torch.no_grad():
         assert all(map(torch.equal, loaded.forward_exits(x), model.forward_exits(x)))
     assert len(shifts_of(loaded)) == len(shifts_of(model))
+
+
+@pytest.mark.parametrize("name", ["resnet18"])
+def test_added_exits_are_shifted_as_the_network_is(name):
+    network = timm.create_model(name, num_classes=5).eval()
+    plain = temporal_shift(copy.deepcopy(network), 4)
+    exits = temporal_shift(add_exits(network, exits=3), 4).eval()
+    assert len(shifts_of(exits)) == len(shifts_of(plain)) > 0 and exits.num_exits == 3
+    x = torch.randn(2, 4, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(exits.forward_exits(x)[-1], plain(x))
+        before = exits.forward_exits(x)
+        fused = copy.deepcopy(exits).fuse()  # cuts the network anew
+        for found, expected in zip(fused.forward_exits(x), before, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    exits.reset_classifier(7)
+    exits.set_grad_checkpointing()
+    outputs = exits.train()(x)
+    sum(logits.square().mean() for logits in outputs).backward()
+    assert [tuple(logits.shape) for logits in outputs] == [(2, 7)] * 3
+    assert all(p.grad is not None for p in exits.parameters())
+    with pytest.raises(ValueError, match="give the image network exits, then shift it"):
+        add_exits(plain)
 
 
 def test_policies_of_images_are_not_for_clips():
