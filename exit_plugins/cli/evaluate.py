@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
             f"\npolicy {args.policy}: accuracy {percent(result.accuracy)} [{100 * low:.1f}, {100 * high:.1f}], "
             f"mean cost {amount(result.cost, unit)} ({percent(result.cost / costs[-1])} of the last exit)"
         )
+        print(f"as many leaving at each exit, but at random: accuracy {percent(result.random_accuracy)}")
         target = policy.source.get("target", {}).get("budget")
         if target is not None and unit == "MACs":
             print(f"budget {amount(target, unit)}: {percent(result.cost / target)} of it spent here")

@@ -122,6 +122,8 @@ class PolicyResult:
         accuracy: fraction correct, and its bootstrap ``interval``.
         cost: mean cost per sample in the unit of ``costs``; None without costs.
         shares: (K,) share of the samples that left at each exit.
+        random_accuracy: accuracy to expect where as many leave at each exit but chance says who: what is left of
+            ``accuracy`` without the confidence (DVT, table 9). It is the exits' accuracies weighted by ``shares``.
         exits: (N,) exit each sample left at; ``correct`` (N,) whether its answer was right.
         exit_accuracy: (K,) accuracy of those who left at each exit, NaN where nobody did.
         classes: (C,) the classes of the table; ``class_shares`` (C, K) exit shares and ``class_accuracy`` (C,) of each.
@@ -131,6 +133,7 @@ class PolicyResult:
     interval: Interval
     cost: float | None
     shares: np.ndarray
+    random_accuracy: float
     exits: np.ndarray
     correct: np.ndarray
     exit_accuracy: np.ndarray
@@ -145,6 +148,7 @@ class PolicyResult:
             "interval": list(self.interval),
             "cost": self.cost,
             "shares": self.shares.tolist(),
+            "random_accuracy": self.random_accuracy,
             "exit_accuracy": [None if np.isnan(a) else float(a) for a in self.exit_accuracy],
             "classes": self.classes.tolist(),
             "class_shares": self.class_shares.tolist(),
@@ -183,6 +187,7 @@ def evaluate_policy(
         interval=bootstrap_interval(correct, level, resamples, seed),
         cost=None if costs is None else mean_cost(counts, costs),
         shares=counts / table.num_samples,
+        random_accuracy=float(counts @ table.correct.mean(1) / table.num_samples),
         exits=exits,
         correct=correct,
         exit_accuracy=exit_accuracy,
@@ -199,7 +204,7 @@ class BudgetPoint:
     Attributes:
         budget: the target; ``solved_accuracy`` and ``solved_cost`` what it came to on the split it was solved on.
         accuracy, interval, cost: on the test split, beside the target.
-        shares: (K,) of the test samples per exit.
+        shares: (K,) of the test samples per exit; ``random_accuracy`` what chance would get with them.
         thresholds: (K,), and the whole ``policy``.
         result: everything else of the test split, shares per class for one.
     """
@@ -215,10 +220,16 @@ class BudgetPoint:
     policy: ExitPolicy
     result: PolicyResult
 
+    @property
+    def random_accuracy(self) -> float:
+        """See ``PolicyResult``."""
+        return self.result.random_accuracy
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "budget": self.budget,
             "accuracy": self.accuracy,
+            "random_accuracy": self.random_accuracy,
             "interval": list(self.interval),
             "cost": self.cost,
             "shares": self.shares.tolist(),

@@ -68,6 +68,16 @@ class DVTCfg:
         relation_reuse: Exits after the first read the attention logits of the exit before (section 3.2, eq. 8 and 9).
         context_hidden: Hidden width of the feature reuse's MLPs.
         context_width: D', channels that feature reuse adds to each token before a block's MLP.
+        feature_source: Table 7: tokens a block reads of the exit before, those after its ``last`` block, or after the
+            ``same`` block as its own.
+        feature_blocks: Table 7: ``all`` blocks read them, or the ``first`` alone (no f_l for l >= 2).
+        feature_class_token: Table 7: f_l takes the class token too, whose row is zero otherwise.
+        feature_norm: Table 7: LN in f_l.
+        relation_source: Table 8: attention logits a block reads of the exit before, those of ``all`` its blocks, of the
+            ``same`` block or of the ``last``.
+        relation_mlp: Table 8: r_l is an MLP; False for a linear layer.
+        relation_upsample: Table 8: ``grid`` (figure 5), or ``naive``: the map between tokens is resized as if it were
+            an image (bilinear, the class token apart; the paper does not say how).
         t2t_width: Channels of the tokens inside the tokens-to-token module.
         t2t_features: Random features of its linear attention.
         t2t_drop_rate: Dropout inside it.
@@ -86,6 +96,13 @@ class DVTCfg:
     relation_reuse: bool = True
     context_hidden: int = 128
     context_width: int = 48
+    feature_source: str = "last"
+    feature_blocks: str = "all"
+    feature_class_token: bool = False
+    feature_norm: bool = True
+    relation_source: str = "all"
+    relation_mlp: bool = True
+    relation_upsample: str = "grid"
     t2t_width: int = 64
     t2t_features: int = 32
     t2t_drop_rate: float = 0.1
@@ -131,10 +148,21 @@ def _cut(side: int, tokens: int, kind: str) -> Patches:
     return patches
 
 
+_CHOICES = {
+    "feature_source": ("last", "same"),
+    "feature_blocks": ("all", "first"),
+    "relation_source": ("all", "same", "last"),
+    "relation_upsample": ("grid", "naive"),
+}
+
+
 def _check_cfg(cfg: DVTCfg, img_size: Size) -> DVTCfg:
     """``cfg`` with every size there and a pair, or ValueError saying what is wrong with it."""
     if cfg.tokens not in ("t2t", "patch"):
         raise ValueError(f"tokens must be 't2t' or 'patch', got {cfg.tokens!r}.")
+    for name, known in _CHOICES.items():
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(cfg, name)!r}.")
     if cfg.depth < 1 or cfg.num_heads < 1 or cfg.embed_dim % cfg.num_heads:
         raise ValueError(f"embed_dim {cfg.embed_dim} does not divide into {cfg.num_heads} heads (depth {cfg.depth}).")
     grids = tuple(tuple(to_2tuple(grid)) for grid in cfg.token_grids)
@@ -256,12 +284,22 @@ class TokenResize(nn.Module):
     Along each side: nearest upsampling to the next multiple of the old token count that is not below the new one, then
     adaptive average pooling. Each new token is thus the mean of at most two old ones, so two gathers and one
     interpolation do a side. The class token, row 0, stays.
+
+    Args:
+        old_grid, new_grid: Tokens (h, w) before and after.
+        naive_maps: Maps between tokens are resized as images of their rows and columns, whatever token these stand for.
     """
 
     def __init__(
-        self, old_grid: tuple[int, int], new_grid: tuple[int, int], device: Any = None, dtype: Any = None
+        self,
+        old_grid: tuple[int, int],
+        new_grid: tuple[int, int],
+        naive_maps: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
+        self.naive_maps = naive_maps
         self.set_grids(old_grid, new_grid, device, dtype)
 
     def set_grids(
@@ -307,6 +345,13 @@ class TokenResize(nn.Module):
 
     def both_axes(self, x: Tensor) -> Tensor:
         """Maps between tokens, (B, H, N, N) to (B, H, N', N'): keys first, then queries."""
+        if self.naive_maps:
+            tokens = self.new_grid[0] * self.new_grid[1]
+            inner = F.interpolate(x[:, :, 1:, 1:], size=[tokens, tokens], mode="bilinear")
+            to_class = F.interpolate(x[:, :, 1:, :1], size=[tokens, 1], mode="bilinear")
+            of_class = F.interpolate(x[:, :, :1, 1:], size=[1, tokens], mode="bilinear")
+            top = torch.cat([x[:, :, :1, :1], of_class], dim=3)
+            return torch.cat([top, torch.cat([to_class, inner], dim=3)], dim=2)
         # Gathering whole rows is several times faster than gathering along the last axis.
         x = self.forward(x.transpose(-2, -1).contiguous())
         return self.forward(x.transpose(-2, -1).contiguous())
@@ -357,6 +402,8 @@ class DVTBlock(Block):
     Args:
         context_hidden: Hidden width of f_l (eq. 4).
         context_width: D', its output's width; 0 for no feature reuse.
+        context_norm: Whether it begins with a LayerNorm.
+        context_class_token: Whether it takes the class token too.
         resize: Takes the exit before's tokens to this one's; None in the first exit.
     """
 
@@ -367,6 +414,8 @@ class DVTBlock(Block):
         mlp_ratio: float,
         context_hidden: int = 0,
         context_width: int = 0,
+        context_norm: bool = True,
+        context_class_token: bool = False,
         resize: TokenResize | None = None,
         proj_drop: float = 0.0,
         norm_layer: Any = nn.LayerNorm,
@@ -378,10 +427,11 @@ class DVTBlock(Block):
         kwargs = dict(proj_drop=proj_drop, norm_layer=norm_layer, attn_layer=ReuseAttention, **kwargs)
         super().__init__(dim, num_heads, mlp_ratio, **kwargs, **dd)
         self.resize = resize
+        self.context_class_token = context_class_token
         self.feature_resuse_mlp = None  # so spelled in the published weights
         if context_width:
             self.feature_resuse_mlp = nn.Sequential(
-                norm_layer(dim, **dd), Mlp(dim, context_hidden, context_width, **dd)
+                norm_layer(dim, **dd) if context_norm else nn.Identity(), Mlp(dim, context_hidden, context_width, **dd)
             )
             self.norm2 = norm_layer(dim + context_width, **dd)
             self.mlp = Mlp(dim + context_width, int(dim * mlp_ratio), dim, drop=proj_drop, **dd)
@@ -400,8 +450,10 @@ class DVTBlock(Block):
         x = x + self.drop_path1(self.ls1(attended))
         y = x
         if self.resize is not None and self.feature_resuse_mlp is not None and context is not None:
-            # The class token takes no part: its row is zero.
-            embedding = F.pad(self.feature_resuse_mlp(context[:, 1:]), (0, 0, 1, 0))
+            if self.context_class_token:
+                embedding = self.feature_resuse_mlp(context)
+            else:  # its row is zero
+                embedding = F.pad(self.feature_resuse_mlp(context[:, 1:]), (0, 0, 1, 0))
             y = torch.cat([x, self.resize(embedding)], dim=-1)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(y)))), logits
 
@@ -415,7 +467,7 @@ class DVTStage(nn.Module):
         patches: tuple[Patches, Patches],
         grid: tuple[int, int],
         upstream_grid: tuple[int, int] | None,
-        hands_on_logits: bool,
+        last: bool,
         in_chans: int,
         num_classes: int,
         global_pool: str,
@@ -432,7 +484,13 @@ class DVTStage(nn.Module):
         self.patches = patches
         self.num_heads = cfg.num_heads
         self.global_pool = global_pool
-        self.hands_on_logits = hands_on_logits
+        # Nobody reads what the last exit would hand on: its logits are never kept and its attention is fused.
+        self.hands_on_logits = cfg.relation_reuse and not last
+        self.first_handed_on = cfg.depth - 1 if cfg.relation_source == "last" else 0
+        self.hands_on_tokens = cfg.feature_reuse and not last
+        # After which blocks, where it is not the last one.
+        self.tokens_by_block = cfg.feature_source == "same"
+        self.blocks_read = cfg.depth if cfg.feature_blocks == "all" else 1
         self.grad_checkpointing = False
         self.tokens_to_token = self.patch_embed = None
         pos_embed = torch.empty(1, 1 + grid[0] * grid[1], cfg.embed_dim, **dd)
@@ -448,11 +506,16 @@ class DVTStage(nn.Module):
         self.relation_reuse_conv = self.resize = None
         self.upstream_tokens = 0 if upstream_grid is None else 1 + upstream_grid[0] * upstream_grid[1]
         if upstream_grid is not None and (cfg.feature_reuse or cfg.relation_reuse):
-            self.resize = TokenResize(upstream_grid, grid, **dd)
+            self.resize = TokenResize(upstream_grid, grid, cfg.relation_upsample == "naive", **dd)
         if upstream_grid is not None and cfg.relation_reuse:
-            self.relation_reuse_conv = nn.Sequential(
-                nn.Conv2d(channels, 3 * channels, 1, **dd), nn.GELU(), nn.Conv2d(3 * channels, channels, 1, **dd)
-            )
+            read = cfg.num_heads if cfg.relation_source == "last" else channels
+            groups = cfg.depth if cfg.relation_source == "same" else 1  # each block its own r_l on its own logits
+            conv = partial(nn.Conv2d, kernel_size=1, groups=groups, **dd)
+            if cfg.relation_mlp:
+                layers = [conv(read, 3 * channels), nn.GELU(), conv(3 * channels, channels)]
+            else:
+                layers = [conv(read, channels)]
+            self.relation_reuse_conv = nn.Sequential(*layers)
         norm_layer = partial(nn.LayerNorm, eps=cfg.norm_eps)
         reads_features = upstream_grid is not None and cfg.feature_reuse
         self.blocks = nn.ModuleList(
@@ -462,7 +525,9 @@ class DVTStage(nn.Module):
                     cfg.num_heads,
                     cfg.mlp_ratio,
                     context_hidden=cfg.context_hidden,
-                    context_width=cfg.context_width if reads_features else 0,
+                    context_width=cfg.context_width if reads_features and index < self.blocks_read else 0,
+                    context_norm=cfg.feature_norm,
+                    context_class_token=cfg.feature_class_token,
                     resize=self.resize,
                     qkv_bias=cfg.qkv_bias,
                     proj_drop=proj_drop_rate,
@@ -471,7 +536,7 @@ class DVTStage(nn.Module):
                     norm_layer=norm_layer,
                     **dd,
                 )
-                for rate in calculate_drop_path_rates(drop_path_rate, cfg.depth)
+                for index, rate in enumerate(calculate_drop_path_rates(drop_path_rate, cfg.depth))
             ]
         )
         self.norm = norm_layer(cfg.embed_dim, **dd)
@@ -494,7 +559,7 @@ class DVTStage(nn.Module):
         return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
 
     def read_relations(self, relations: Tensor) -> Tensor:
-        """What each block adds to its logits, not yet resized, from those of the exit before: both (B, L*H, N, N)."""
+        """What each block adds to its logits, not yet resized, (B, L*H, N, N), from those of the exit before."""
         if self.relation_reuse_conv is None:
             return relations
         if self.training:
@@ -511,7 +576,7 @@ class DVTStage(nn.Module):
     def run_blocks(
         self, x: Tensor, context: Tensor | None, relations: Tensor | None, take: list[int], last: int
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Run blocks 0 to ``last``: their tokens, the attention logits of each, the tokens after those in ``take``."""
+        """Run blocks 0 to ``last``: the tokens, the attention logits to hand on, the tokens after those in ``take``."""
         x = self.embed(x)
         maps: Tensor | None = None
         if relations is not None:
@@ -523,30 +588,43 @@ class DVTStage(nn.Module):
                 relation: Tensor | None = None
                 if maps is not None:
                     relation = maps[:, index * self.num_heads : (index + 1) * self.num_heads]
+                seen: Tensor | None = context
+                if self.tokens_by_block and context is not None:
+                    seen = context[:, min(index, self.blocks_read - 1)]
+                keep = self.hands_on_logits and index >= self.first_handed_on
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, own = checkpoint(block, x, context, relation, self.hands_on_logits)
+                    x, own = checkpoint(block, x, seen, relation, keep)
                 else:
-                    x, own = block(x, context, relation, self.hands_on_logits)
+                    x, own = block(x, seen, relation, keep)
                 if own is not None:
                     logits.append(own)
                 if index in take:
                     taken.append(x)
         return x, logits, taken
 
-    def forward(self, x: Tensor, context: Tensor | None, relations: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, 1 + N, D) before the final norm and, if the next exit reads them, all attention logits.
+    def forward(
+        self, x: Tensor, context: Tensor | None, relations: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Tokens (B, 1 + N, D) before the final norm, and the tokens and attention logits that the next exit reads.
 
         Args:
             x: Images (B, C, H, W).
-            context: The first result of the exit before, if it is read.
-            relations: The second one, (B, L*H, 1 + N_up, 1 + N_up): layer by layer, in each head by head.
+            context: The second result of the exit before, if it is read: tokens (B, 1 + N_up, D) after its last block,
+                or (B, L, 1 + N_up, D) after each.
+            relations: The third one, (B, L*H, 1 + N_up, 1 + N_up): layer by layer, in each head by head; of the last
+                block alone (B, H, 1 + N_up, 1 + N_up).
         """
         take: list[int] = []
-        x, logits, _ = self.run_blocks(x, context, relations, take, len(self.blocks))
+        if self.hands_on_tokens and self.tokens_by_block:
+            take = list(range(self.blocks_read))
+        x, logits, taken = self.run_blocks(x, context, relations, take, len(self.blocks))
+        tokens: Tensor | None = None
+        if self.hands_on_tokens:
+            tokens = torch.stack(taken, dim=1) if self.tokens_by_block else x
         handed_on: Tensor | None = None
         if self.hands_on_logits:
             handed_on = torch.cat(logits, dim=1)
-        return x, handed_on
+        return x, tokens, handed_on
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) from normalised tokens (B, 1 + N, D), or their pooled features (B, D)."""
@@ -629,8 +707,7 @@ class DVT(MultiExit, nn.ModuleDict):
                 self._patches[index],
                 grids[index],
                 upstream_grid=grids[index - 1] if index else None,
-                # Nobody reads the last exit's logits, so they are never kept and its attention is fused.
-                hands_on_logits=cfg.relation_reuse and index + 1 < self.num_exits,
+                last=index + 1 == self.num_exits,
                 in_chans=in_chans,
                 num_classes=num_classes,
                 global_pool=self.global_pool,
@@ -689,16 +766,17 @@ class DVT(MultiExit, nn.ModuleDict):
 
         Every segment cuts the image anew, so the state keeps the ``images`` (B, C, H, W). With feature reuse it holds
         the ``tokens`` (B, 1 + N, D) before the final norm, with relation reuse the ``relations``
-        (B, L*H, 1 + N, 1 + N), the attention logits after what was added to them. After the last exit it is empty.
+        (B, L*H, 1 + N, 1 + N), the attention logits after what was added to them; in other shapes where other blocks
+        are read (see ``DVTStage.forward``). After the last exit it is empty.
         """
         stage = self[self.stage_names[index]]
         images = state["images"]
-        tokens, relations = stage(images, state.get("tokens"), state.get("relations"))
-        logits = stage.forward_head(stage.norm(tokens))
+        x, tokens, relations = stage(images, state.get("tokens"), state.get("relations"))
+        logits = stage.forward_head(stage.norm(x))
         if index + 1 == self.num_exits:
             return logits, {}
         state = {"images": images}
-        if self.cfg.feature_reuse:
+        if tokens is not None:
             state["tokens"] = tokens
         if relations is not None:
             state["relations"] = relations
@@ -715,8 +793,8 @@ class DVT(MultiExit, nn.ModuleDict):
         relations: Tensor | None = None
         outputs: list[Tensor] = []
         for stage in self.values():
-            tokens, relations = stage(x, tokens, relations)
-            outputs.append(tokens)
+            final, tokens, relations = stage(x, tokens, relations)
+            outputs.append(final)
         return outputs
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -767,7 +845,7 @@ class DVT(MultiExit, nn.ModuleDict):
         relations: Tensor | None = None
         for name, earlier in self.items():
             if name != "normal_token":
-                tokens, relations = earlier(x, tokens, relations)
+                _, tokens, relations = earlier(x, tokens, relations)
         stage = self.normal_token
         last = max_index if stop_early else len(stage.blocks)
         final, _, taken = stage.run_blocks(x, tokens, relations, take, last)

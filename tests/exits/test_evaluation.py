@@ -41,6 +41,21 @@ def test_bootstrap_intervals_cover_as_often_as_they_say():
     assert np.mean(covered) == pytest.approx(0.9, abs=0.05)
 
 
+def test_chance_with_the_same_shares_is_the_mean_over_random_assignments():
+    table, costs = realistic_table(3, 250), costs_of(3)
+    result = evaluate_policy(ExitPolicy([0.8, 0.6, 0]), table, costs)
+    rng = np.random.default_rng(0)
+    shuffled = [table.correct[rng.permutation(result.exits), np.arange(250)].mean() for _ in range(4000)]
+    assert result.random_accuracy == pytest.approx(np.mean(shuffled), abs=0.002)
+    assert result.random_accuracy < result.accuracy
+    assert result.to_dict()["random_accuracy"] == result.random_accuracy
+    # Everybody at one exit: nothing is left to chance.
+    everybody = evaluate_policy(ExitPolicy([-1.0, -1.0, -1.0]), table, costs)
+    assert everybody.random_accuracy == pytest.approx(everybody.accuracy)
+    (point,) = budgeted_curve(table, table, costs, [float(costs.mean())])
+    assert point.to_dict()["random_accuracy"] == point.result.random_accuracy
+
+
 def test_policy_result_equals_the_sample_by_sample_run():
     table, costs = realistic_table(3, 250, num_classes=4), costs_of(3)
     policy = ExitPolicy([0.8, 0.6, 0])
