@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..exits.protocol import MultiExit
 from ._checkpoints import build_with_checkpoint, describe_keys, unwrap_state_dict
 from .layers import (
+    AdaptiveAverage,
     FusedBlock,
     FusedLayer,
     adaptive_average,
@@ -476,7 +477,7 @@ class DynPerceiverStage(nn.Module):
         super().__init__()
         self.grid, self.x2z = nn.Identity(), None
         if x2z and latents:
-            self.grid = GridConv(width, **dd) if grid_conv else nn.AdaptiveAvgPool2d(_GRID)
+            self.grid = GridConv(width, **dd) if grid_conv else AdaptiveAverage(_GRID, _GRID)
             self.x2z = CrossAttention(latent_width, width, latent_width, num_keys=_GRID * _GRID, **dd)
         depth = latent_depth if latents else 0
         self.self_attn = nn.Sequential(

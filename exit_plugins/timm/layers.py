@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 __all__ = [
+    "AdaptiveAverage",
     "FusedBlock",
     "FusedLayer",
     "PointwiseConv",
@@ -65,6 +66,17 @@ def adaptive_average(x: Tensor, rows: int, columns: int) -> Tensor:
     # One side after the other, so that sums stay within half precision.
     x = x @ across.t() / across.sum(1)
     return down @ x / down.sum(1, keepdim=True)
+
+
+class AdaptiveAverage(nn.Module):
+    """``adaptive_average`` to ``rows`` x ``columns`` as a layer."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        return adaptive_average(x, self.rows, self.columns)
 
 
 def _windows(size: int, count: int, like: Tensor) -> Tensor:

@@ -5,25 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from exit_plugins.timm.layers import PointwiseConv, adaptive_average, fuse_convolutions
-
-
-class Average(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return adaptive_average(x, 7, 5)
+from exit_plugins.timm.layers import AdaptiveAverage, PointwiseConv, adaptive_average, fuse_convolutions
 
 
 def graph_of_any_size(kind: str, dtype: torch.dtype):
-    """``Average`` as a graph made from one size, to be run at others."""
+    """``AdaptiveAverage`` as a graph made from one size, to be run at others."""
     seen = torch.randn(2, 3, 14, 10, dtype=dtype)
     if kind == "trace":
-        return torch.jit.trace(Average(), (seen,), check_trace=False)
+        return torch.jit.trace(AdaptiveAverage(7, 5), (seen,), check_trace=False)
     if kind == "script":
-        return torch.jit.script(Average())
+        return torch.jit.script(AdaptiveAverage(7, 5))
     if kind == "export":
         free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
-        return torch.export.export(Average(), (seen,), dynamic_shapes=(free,)).module()
-    return torch.fx.symbolic_trace(Average())
+        return torch.export.export(AdaptiveAverage(7, 5), (seen,), dynamic_shapes=(free,)).module()
+    return torch.fx.symbolic_trace(AdaptiveAverage(7, 5))
 
 
 @pytest.mark.parametrize("kind", ["trace", "script", "export", "fx"])
