@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 ROOT = EXAMPLES.parent
@@ -30,6 +31,7 @@ from exit_plugins.exits import plots  # noqa: E402
 from exit_plugins.exits.files import atomic_write  # noqa: E402
 from exit_plugins.exits.risk import certify  # noqa: E402
 from exit_plugins.exits.thresholds import policy_path  # noqa: E402
+from exit_plugins.timm.weights import packaged_weights  # noqa: E402
 
 Result = dict[str, Any]
 Analysis = Callable[[ExitTable, np.ndarray], Any]
@@ -61,6 +63,7 @@ class Training:
         options: the script's options by name, ``{"lr": 0.1, "compile": True}``.
         model_kwargs: arguments of the model, written as on the command line.
         data: name of the data set's folder.
+        pretrained: one of ``exit_plugins.timm.weights.PACKAGES``, to start from its ImageNet weights.
         analyses: what else to read off the test images: name -> function of (table with logits, MACs), into the JSON.
     """
 
@@ -68,6 +71,7 @@ class Training:
     options: Mapping[str, Any]
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     data: str = "cifar100"
+    pretrained: str | None = None
     analyses: Mapping[str, Analysis] = field(default_factory=dict)
 
     def command(self, place: Place, output: Path, seed: int) -> list[str]:
@@ -76,6 +80,8 @@ class Training:
             options |= {"epochs": 1, "batch-size": 16, "warmup-epochs": 0, "compile": False}
             options["samples"] = max(64, int(options.get("samples", 50_000)) // 100)
         words = ["--data", str(place.data / self.data), "--output", str(output), "--model", self.model]
+        if self.pretrained:
+            words += ["--pretrained-path", str(place.state / "weights" / f"{self.pretrained}.pth")]
         if self.model_kwargs:
             words += ["--model-kwargs", *(f"{name}={value}" for name, value in self.model_kwargs.items())]
         for name, value in options.items():
@@ -86,12 +92,15 @@ class Training:
 
     def __call__(self, place: Place, output: Path, seed: int) -> Result:
         command = self.command(place, output, seed)
+        if self.pretrained:
+            write_packaged_weights(self.pretrained, place.state / "weights" / f"{self.pretrained}.pth")
         trained = train_cifar.main(command)
         tested = ExitTable.load(output / "test.npz")
         if place.small:
             tested = tested.subset(slice(200))
         macs = np.array(trained["costs"]["macs"])
-        settings = {**trained["options"], "data": self.data}  # by its name: where it lies is the machine's affair
+        # Data by its name: where it lies is the machine's affair.
+        settings = {**trained["options"], "data": self.data, "pretrained": self.pretrained}
         history = trained["history"]
         return {
             "settings": settings,
@@ -106,6 +115,14 @@ class Training:
             ],
             **{name: analysis(tested, macs) for name, analysis in self.analyses.items()},
         }
+
+
+def write_packaged_weights(name: str, path: Path) -> None:
+    """The ImageNet weights of an installed package as a file in timm's layout, once."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "wb") as file:
+            torch.save(packaged_weights(name)["state_dict"], file)
 
 
 @dataclass(frozen=True)
@@ -287,8 +304,13 @@ def exits_table(results: Sequence[Result], names: Mapping[str, str] | None = Non
     return table(header, rows)
 
 
-def draw_budgets(groups: Mapping[str, Sequence[Result]], path: Path, names: Mapping[str, str] | None = None) -> None:
-    """Accuracy over mean MACs of the first seed of every variant, and its exits as stars."""
+def draw_budgets(
+    groups: Mapping[str, Sequence[Result]],
+    path: Path,
+    names: Mapping[str, str] | None = None,
+    static: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Accuracy over mean MACs of the first seed of every variant, its exits as stars; ``static`` rivals as squares."""
     curves = {
         (names or {}).get(variant, variant): [
             SimpleNamespace(**point, interval=(point["accuracy"],) * 2) for point in group[0]["budgeted"]
@@ -302,6 +324,10 @@ def draw_budgets(groups: Mapping[str, Sequence[Result]], path: Path, names: Mapp
         exits = group[0]["exits"]
         x, y = [e["macs"] / divisor for e in exits], [100 * e["accuracy"] for e in exits]
         axes.plot(x, y, linestyle="", marker="*", markersize=11, color=line.get_color())
+    if static:
+        x, y = zip(*((macs / divisor, 100 * accuracy) for macs, accuracy in static), strict=True)
+        axes.plot(x, y, linestyle="--", marker="s", color="0.4", label="plain network")
+        axes.legend(frameon=False, loc="lower right")
     plots.save(figure, path)
 
 
