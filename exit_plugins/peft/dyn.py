@@ -426,7 +426,7 @@ def get_dyn_peft_model(
             weights are frozen; the classifier is trained along, in a copy that is saved with the adapter.
         peft_config: ``RepAdapterConfig``, ``BottleneckConfig``, ``peft.LoraConfig`` or of another PEFT method that
             wraps linear layers. It is copied.
-        dyn_config: Exits and training; the paper's settings if left out.
+        dyn_config: Exits and training; ``DynConfig()`` if left out.
         adapter_name: Name of the adapter.
         autocast_adapter_dtype: Keep adapters of a half-precision model in single precision.
 

@@ -22,7 +22,12 @@ def _optional(kind: type) -> Callable[[str], Any]:
 
 @dataclass
 class DynConfig:
-    """Early heads and training of Dyn-Adapter. The defaults are the paper's, for ViT-B of 12 blocks.
+    """Early heads and training of Dyn-Adapter.
+
+    The defaults are for ViT-B of 12 blocks. Stated by the paper (section 4.1): an exit every 3 blocks, the dropouts 0.5
+    and 0.1, a mask over 0.1 of the gradient, and 0.5 as the weight that shallow and deep exits meet at. Our reading,
+    where it gives a principle and no figure: the weights they start from and their linear course, the widths of the
+    early heads, that these read the class token, and that the mask covers heads as well as adapters.
 
     Args:
         exit_interval: Blocks per exit, T; it divides the number of blocks. Left out: a quarter of them, and for

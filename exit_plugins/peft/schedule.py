@@ -17,7 +17,8 @@ def exit_weights(
     """Weights lambda of the exits' losses (Dyn-Adapter eq. 5), at ``progress`` in [0, 1].
 
     The exits' shallow half (the smaller one of an odd number) goes linearly from ``shallow[0]`` to ``shallow[1]``, the
-    deep half from ``deep[0]`` to ``deep[1]``. Equal ends make constant weights.
+    deep half from ``deep[0]`` to ``deep[1]``. Equal ends make constant weights. The paper says that the deep weights
+    fall and the shallow ones rise until they meet at 0.5; where they start, and that the way is linear, is our reading.
     """
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress is the share of training done, in [0, 1]; got {progress}.")

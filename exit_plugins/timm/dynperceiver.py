@@ -640,7 +640,8 @@ class DynPerceiver(MultiExit, nn.Module):
         self.channels = branch.channels
         self.head_width = branch.head_width
         self.stem_reduction = branch.stem_reduction
-        self.drop_rate = (0.2 if branch.head_width else 0.0) if drop_rate is None else drop_rate
+        self.own_drop_rate = 0.2 if branch.head_width else 0.0
+        self.drop_rate = self.own_drop_rate if drop_rate is None else drop_rate
         self.stem = branch.stem
         self.latent = None
         if cfg.latent_branch:

@@ -249,6 +249,12 @@ class MultiExitTask(ClassificationTask):
         self.eval_model = _ExitRecorder(model)
         if self.verbose:
             _logger.info(f"Training {inner.num_exits} exits: loss {reason}: {self.exit_loss.extra_repr()}")
+            own = getattr(inner, "own_drop_rate", None)
+            if own is not None and inner.drop_rate != own:
+                _logger.info(
+                    f"Training with dropout {inner.drop_rate}, and {type(inner).__name__}'s own is {own}; timm's "
+                    f"script passes --drop 0.0 where nothing is said, so say --drop {own} for it."
+                )
 
     @staticmethod
     def _check_single_exit(model: nn.Module, exit_loss: MultiExitLoss | ExitLossOptions) -> None:

@@ -82,6 +82,19 @@ def test_what_was_asked_for_comes_first_and_is_logged(caplog):
         MultiExitTask(model, exit_loss=ExitLossOptions(alpha=0.3))
 
 
+def test_a_dropout_that_is_not_the_models_own_is_logged(caplog):
+    def logged(**options) -> str:
+        caplog.clear()
+        with torch.device("meta"):
+            model = timm.create_model("dynperceiver_mobilenetv3_0_75x", latent_depths=(1, 1, 1, 1), **options)
+        with caplog.at_level("INFO"):
+            MultiExitTask(model)
+        return caplog.text
+
+    assert "dropout 0.0, and DynPerceiver's own is 0.2; " in logged(drop_rate=0.0)
+    assert "dropout" not in logged(drop_rate=0.2) + logged()
+
+
 @pytest.mark.parametrize("criterion", [SoftTargetCrossEntropy(), BinaryCrossEntropy()])
 def test_timms_criterion_judges_every_exit(criterion):
     model = make()
