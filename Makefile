@@ -12,13 +12,14 @@ ONLY ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all demo test test-hosts experiments experiments-small lint clean
+.PHONY: help install install-all demo test test-hosts experiments experiments-small fuzz lint clean
 
 help:
 	@echo "make demo        install what it needs, train a small early-exit model, draw its budget curve (DATA=folder for your images)"
 	@echo "make test        install everything, run the tests and the linters"
 	@echo "make test-hosts  run the hosts' own test files over every model of this package"
 	@echo "make experiments run what is missing of docs/results.md, going on where it stopped (EXPERIMENTS_DATA=folder ONLY=name)"
+	@echo "make fuzz        damage thousands of files of every kind, kill every writer at thirty points (long)"
 	@echo "make install | install-all | lint | clean"
 
 install: $(VENV)/.installed
@@ -62,6 +63,11 @@ test-hosts: install-all .hosts/.fetched
 experiments experiments-small: install-all
 	$(BIN)/python examples/experiments/run.py --data $(EXPERIMENTS_DATA) --jobs $(JOBS) --only $(ONLY) \
 		$(if $(findstring small,$@),--small)
+
+# Two thousand damaged files of every kind, and thirty kills of every writer: half an hour of processor time or less.
+fuzz: install-all
+	$(BIN)/python tests/fuzz/fuzz.py --count 2000 --output docs/fuzz.json
+	CRASH_POINTS=30 $(BIN)/python -m pytest tests/exits/test_crash.py
 
 lint: install-all
 	$(BIN)/ruff check .

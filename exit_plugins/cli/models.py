@@ -273,16 +273,23 @@ def open_model(
 
 def _load_weights(model: nn.Module, name: str, checkpoint: str) -> None:
     """Strictly; torch names every tensor that does not fit, a line should do."""
-    try:
-        load_checkpoint(model, checkpoint)
-    except RuntimeError as error:
-        faults = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        first = faults[0] if len(faults[0]) < 160 else faults[0][:160] + "..."
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ValueError(
-            f"{checkpoint} does not fit {name} with {getattr(model, 'num_classes', '?')} classes: {first}{more}; check "
-            "the name, --num-classes and --model-kwargs."
-        ) from error
+    misfit = None
+    with reading(checkpoint, "checkpoint", "download or save it again", "check --checkpoint"):
+        try:
+            load_checkpoint(model, checkpoint)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            misfit = error
+    if misfit is None:
+        return
+    faults = [line.strip() for line in str(misfit).splitlines()[1:]] or [str(misfit)]
+    first = faults[0] if len(faults[0]) < 160 else faults[0][:160] + "..."
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    raise ValueError(
+        f"{checkpoint} does not fit {name} with {getattr(model, 'num_classes', '?')} classes: {first}{more}; check "
+        "the name, --num-classes and --model-kwargs."
+    ) from misfit
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

@@ -37,10 +37,19 @@ def reading(path: str | os.PathLike, what: str, remedy: str, missing: str | None
         yield
     except (UnreadableFile, ImportError):
         raise
+    except ValueError as error:
+        # What names the file already says what is wrong with it.
+        if str(path) in str(error) and "\n" not in str(error):
+            raise
+        raise UnreadableFile(_line(path, what, remedy, error)) from error
     # Decoders of damaged files raise whatever comes to them: zlib.error, EOFError, struct.error, RecursionError,
     # MemoryError for a size that makes no sense, classes of their own. All say the same to the user.
     except Exception as error:
-        raise UnreadableFile(f"{path} is not a readable {what} ({_cause(error, path)}); {remedy}.") from error
+        raise UnreadableFile(_line(path, what, remedy, error)) from error
+
+
+def _line(path: Path, what: str, remedy: str, error: Exception) -> str:
+    return f"{path} is not a readable {what} ({_cause(error, path)}); {remedy}."
 
 
 def _cause(error: Exception, path: Path) -> str:

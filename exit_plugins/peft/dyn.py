@@ -21,7 +21,7 @@ from ..exits.files import atomic_folder
 from .card import update_card
 from .dyn_config import DynConfig
 from .families import Family, find_family
-from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, write_exits
+from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, reading_folder, write_exits
 from .multi_exit import EarlyHead, ExitHeads, ExitModel, MultiExitBackbone, widen_classifiers
 from .precision import check_mergeable, halve_saved, single_saved
 from .schedule import GradientMask, exit_weights, set_dropout
@@ -366,19 +366,28 @@ class DynPeftModel(ExitModel, PeftModel):
         hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
         record, _ = read_exits(model_id, "adapter", **hub)
         check_base(model_id, record, model)
-        dyn_config = _config_of(record)
-        config = config or PeftConfig.from_pretrained(str(model_id), **hub)
-        config.inference_mode = not is_trainable
-        dyn = cls(model, config, adapter_name, dyn_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        dyn.load_adapter(
-            model_id, adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs
-        )
+        with reading_folder(model_id):
+            dyn_config = _config_of(record)
+            config = config or PeftConfig.from_pretrained(str(model_id), **hub)
+            config.inference_mode = not is_trainable
+            dyn = cls(model, config, adapter_name, dyn_config, autocast_adapter_dtype=autocast_adapter_dtype)
+            dyn.load_adapter(
+                model_id,
+                adapter_name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                **kwargs,
+            )
         return dyn
 
     def load_adapter(
         self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> Any:
         """As ``PeftModel.load_adapter``, early heads included; strict, as ``from_pretrained`` is."""
+        with reading_folder(model_id):
+            return self._load_adapter(model_id, adapter_name, is_trainable, **kwargs)
+
+    def _load_adapter(self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool, **kwargs: Any) -> Any:
         hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
         record, heads = read_exits(model_id, "adapter", **hub)
         check_base(model_id, record, self.backbone)

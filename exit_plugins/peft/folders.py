@@ -9,18 +9,19 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..exits.files import atomic_folder
+from ..exits.reading import reading, strict_json
 from .families import find_family
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def read_exits(model_id: str | os.PathLike, kind: str, **hub: Any) -> tuple[dict
         ValueError: a file is missing or damaged, of another format, or of another ``kind``.
     """
     paths = [_find(model_id, name, **hub) for name in (CONFIG_NAME, HEADS_NAME)]
-    try:
-        record, tensors = json.loads(Path(paths[0]).read_text()), load_file(paths[1])
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"the exits in {model_id} cannot be read: {error}. Save them again.") from error
+    with reading(paths[0], "record of exits", "save them again"):
+        record = strict_json(Path(paths[0]).read_bytes())
+    with reading(paths[1], "file of early heads", "save them again"):
+        tensors = load_file(paths[1])
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
         raise ValueError(f"{paths[0]} has format {found}, and this version reads format {FORMAT}.")
@@ -94,6 +95,13 @@ def check_base(model_id: str | os.PathLike, record: dict[str, Any], model: nn.Mo
             f"{model_id} was trained over a {record.get('base_model_class')} ({record.get('base_model_name')}) and was "
             f"given a {type(model).__name__}."
         )
+
+
+def reading_folder(model_id: str | os.PathLike) -> AbstractContextManager:
+    """Around all that reads a folder of an adapter or a merged model: whatever goes wrong becomes one line."""
+    if not os.path.isdir(model_id):  # a name on the hub, which says itself what is wrong
+        return nullcontext()
+    return reading(model_id, "folder of a model with exits", "save it again")
 
 
 def _find(model_id: str | os.PathLike, name: str, **hub: Any) -> Path:

@@ -5,7 +5,6 @@ import pickle
 import tempfile
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from timm.models import build_model_with_cfg, load_state_dict
 from timm.models._builder import _resolve_pretrained_source, resolve_pretrained_cfg
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from ..exits.reading import reading
 
 __all__ = ["build_with_checkpoint", "describe_keys", "fetch_checkpoint", "read_checkpoint", "unwrap_state_dict"]
 
@@ -82,21 +83,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: The file is damaged, or holds more than tensors, numbers and an ``argparse.Namespace``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}.")
-    try:
-        checkpoint = load_state_dict(str(path), device="cpu")
-    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        unsafe = _unsafe_globals(path)
-        reason = (
-            f"it holds objects that are not weights: {', '.join(unsafe)}" if unsafe else "it is damaged or cut short"
-        )
-        raise ValueError(f"cannot read the checkpoint {path}: {reason}. Download or save it again.") from error
-    except Exception as error:  # safetensors has an exception class of its own, and need not be installed
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"cannot read the checkpoint {path}: {error}. Download or save it again.") from error
-    return unwrap_state_dict(checkpoint)
+    with reading(path, "checkpoint", "download or save it again", "check the path"):
+        try:
+            checkpoint = load_state_dict(str(path), device="cpu")
+        except (RuntimeError, pickle.UnpicklingError) as error:  # whose words are about pickles, not about the file
+            unsafe = _unsafe_globals(path)
+            raise ValueError(
+                f"it holds objects that are not weights: {', '.join(unsafe)}" if unsafe else "damaged or cut short"
+            ) from error
+        return unwrap_state_dict(checkpoint)
 
 
 def _unsafe_globals(path: Path) -> list[str]:

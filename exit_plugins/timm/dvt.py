@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ..exits.policy import ExitPolicy, describe_model
 from ..exits.protocol import MultiExit
+from ..exits.reading import reading
 from ._checkpoints import build_with_checkpoint, describe_keys, unwrap_state_dict
 
 __all__ = ["DVT", "DVTCfg", "policies_from_checkpoint"]
@@ -1038,9 +1039,8 @@ def policies_from_checkpoint(
         ValueError: The file holds no thresholds, or not as many as the model has exits.
     """
     if not isinstance(checkpoint, Mapping):
-        if not os.path.isfile(checkpoint):
-            raise FileNotFoundError(f"there is no checkpoint file {checkpoint}.")
-        with _allow_numpy_data():
+        path = checkpoint
+        with reading(path, "checkpoint", "download or save it again", "check the path"), _allow_numpy_data():
             checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, Mapping) or "dynamic_threshold" not in checkpoint:
         raise ValueError(

@@ -257,10 +257,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> No
         load(timm.create_model("resnet10t").state_dict())
     with pytest.raises(ValueError, match="missing.*unexpected.*Check arch"):
         load(weights, TimmBackbone, "resnet10t")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         DynPerceiver(SMALL, init_cfg=pretrained(tmp_path / "nowhere.pth")).init_weights()
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
         DynPerceiver(SMALL, init_cfg=pretrained(path)).init_weights()
     with pytest.raises(ValueError, match="no weights are published under the timm name 'dynperceiver_test'"):
         DynPerceiver(SMALL, init_cfg=pretrained("timm://dynperceiver_test")).init_weights()
