@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     result = write_curves(args, run, calibration, test, size)
     accuracies = [100 * point["accuracy"] for point in result["anytime"]]
     trained = run.best_weights.cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other
-    save_for_hf(trained, args.output / "model", accuracies, Path(args.data).name)
+    save_for_hf(trained, args.output / "model", accuracies, Path(args.data).name, classes=data.classes)
     print("exit    MACs (M)  test accuracy (%)")
     for point in result["anytime"]:
         print(f"{point['exit_index'] + 1:4}  {point['cost'] / 1e6:10.2f}  {100 * point['accuracy']:17.2f}")

@@ -192,7 +192,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     trained = task.get_trainable_module(ema=True).module if ema else model
     accuracies = [metrics[f"top1_exit{k + 1}"] for k in range(model.num_exits)]
-    used = {} if args.img_size is None else {"data_config": {"img_size": args.img_size}}
+    used = {"classes": class_names(views[0])}
+    if args.img_size is not None:
+        used["data_config"] = {"img_size": args.img_size}
     save_for_hf(trained.cpu(), args.output / "model", accuracies, Path(args.data).name, **used)
     return metrics
 

@@ -13,9 +13,9 @@ if [int(part) for part in re.findall(r"\d+", timm.__version__)[:3]] < [1, 0, 31]
         'another folder, or by `python -m exit_plugins.timm.train`; else pip install "timm>=1.0.31,<1.1".'
     )
 
-from ._cards import model_card, save_for_hf
+from ._cards import load_from_hf, model_card, save_for_hf
 
-__all__ = ["ARCHITECTURES", "list_models", "model_card", "save_for_hf"]
+__all__ = ["ARCHITECTURES", "list_models", "load_from_hf", "model_card", "save_for_hf"]
 
 # What is no architecture.
 _SHARED = {

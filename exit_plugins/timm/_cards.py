@@ -8,16 +8,19 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_input_data_config
-from timm.models._hub import generate_readme
+from timm.models._hub import generate_readme, hf_split
 from torch import nn
 
 from ..exits import exit_costs
 from ..exits.clips import sample_size
 from ..exits.files import atomic_write
+from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.protocol import check_multi_exit
+from .images import input_config
 
-__all__ = ["model_card", "save_for_hf"]
+__all__ = ["load_from_hf", "model_card", "save_for_hf"]
+
+_POLICY = "policy.json"
 
 _USAGE = """```python
 import timm
@@ -28,7 +31,8 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-
 logits = model(images)  # of the last exit
 all_exits = model.forward_exits(images)  # of every exit, shallow to deep
 
-# Where to stop, image by image:
+# Where to stop, image by image; where policy.json lies beside the weights, it is one solved already:
+# model, policy = exit_plugins.timm.load_from_hf("local-dir:FOLDER")
 costs = exit_plugins.exit_costs(model, input_size={input_size})
 table = exit_plugins.collect_exits(model, calibration_loader)
 policy = exit_plugins.solve_thresholds(table, costs.macs, budget={budget:.3g})
@@ -85,31 +89,89 @@ def save_for_hf(
     dataset: str | None = None,
     card: dict[str, Any] | None = None,
     safe_serialization: bool = True,
+    classes: Sequence[str] | None = None,
+    policy: ExitPolicy | None = None,
     **kwargs: Any,
 ) -> Path:
     """Save a model as ``timm.models.save_for_hf`` does, with its exits in ``config.json`` and a ``README.md``.
 
-    ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` loads it again, and the folder can be uploaded as it
-    is.
+    ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` loads it again, ``load_from_hf`` with its policy, and
+    the folder can be uploaded as it is.
 
     Args:
         model, accuracies, dataset: see ``model_card``.
         folder: where to; made if needed.
         card: a card of your own instead.
         safe_serialization: write safetensors instead of a torch file.
+        classes: names of the classes by index; they become timm's ``label_names``.
+        policy: written beside the weights as ``policy.json``.
         kwargs: go on to ``timm.models.save_for_hf`` (``model_config``, ``model_args``, ``data_config``).
+
+    Raises:
+        ValueError: the policy is for another model or was solved with other weights, or there are not as many names as
+            classes; nothing is written.
     """
     stats = _exit_stats(model, accuracies)
     card = card or model_card(model, accuracies, dataset)
     kwargs["model_config"] = {"exits": stats, **(kwargs.get("model_config") or {})}
+    if classes is not None:
+        if len(classes) != model.num_classes:
+            raise ValueError(f"{len(classes)} names for a model of {model.num_classes} classes; give one per class.")
+        kwargs["model_config"]["label_names"] = [str(name) for name in classes]
     folder = Path(folder)
+    if policy is not None:
+        _check_policy(policy, model)
     if any(not tensor.is_contiguous() for tensor in model.state_dict().values()):
         # safetensors refuses channels_last weights; the model itself keeps them.
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(model, str(folder), safe_serialization=safe_serialization, **kwargs)
     with atomic_write(folder / "README.md") as file:
         file.write(generate_readme(card, model.pretrained_cfg["architecture"]))
+    if policy is not None:
+        policy.save(folder / _POLICY)
     return folder
+
+
+def load_from_hf(name: str, **kwargs: Any) -> tuple[nn.Module, ExitPolicy | None]:
+    """A model that ``save_for_hf`` saved and the policy beside it, None where there is none.
+
+    Args:
+        name: ``local-dir:FOLDER``, or ``hf-hub:OWNER/NAME`` (with ``@REVISION``) for an uploaded folder.
+        kwargs: go on to ``timm.create_model``.
+
+    Returns:
+        The model in evaluation mode with its weights, and its policy.
+
+    Raises:
+        ValueError: ``name`` is neither, or the policy is not for these weights.
+    """
+    kind, _, where = name.partition(":")
+    if kind not in ("local-dir", "hf-hub"):
+        raise ValueError(f"expected local-dir:FOLDER or hf-hub:OWNER/NAME, got {name!r}.")
+    model = timm.create_model(name, pretrained=True, **kwargs).eval()
+    path = Path(where) / _POLICY
+    if kind == "hf-hub":
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        repository, revision = hf_split(where)
+        try:
+            path = Path(hf_hub_download(repository, _POLICY, revision=revision, cache_dir=kwargs.get("cache_dir")))
+        except EntryNotFoundError:
+            return model, None
+    if not path.is_file():
+        return model, None
+    policy = ExitPolicy.load(path)
+    _check_policy(policy, model)
+    return model, policy
+
+
+def _check_policy(policy: ExitPolicy, model: nn.Module) -> None:
+    """ValueError unless the policy is for this model with these weights."""
+    policy.check_model(model)
+    solved_with = (policy.model or {}).get("weights")
+    if solved_with is not None and solved_with != weights_digest(model):
+        raise ValueError("the policy was solved with other weights of this architecture; solve it again with these.")
 
 
 def _exit_stats(model: nn.Module, accuracies: Sequence[float] | None) -> dict[str, Any]:
@@ -117,7 +179,7 @@ def _exit_stats(model: nn.Module, accuracies: Sequence[float] | None) -> dict[st
     check_multi_exit(model)
     if accuracies is not None and len(accuracies) != model.num_exits:
         raise ValueError(f"{len(accuracies)} accuracies for a model of {model.num_exits} exits; give one per exit.")
-    input_size = [int(side) for side in resolve_input_data_config(model)["input_size"]]
+    input_size = [int(side) for side in input_config(model)["input_size"]]
     costs = exit_costs(model, sample_size(model, input_size))
     stats: dict[str, Any] = {
         "num_exits": int(model.num_exits),

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -331,17 +331,33 @@ def _modules(classifier: Any) -> tuple[nn.Module, ...]:
 
 @dataclass
 class _Recorded:
-    """What a validation batch's last logits carry with them: the earlier exits' logits, and in which pass."""
+    """What belongs to a validation batch's last logits: every exit's logits, and in which pass."""
 
-    earlier: tuple[Tensor, ...]
+    exits: tuple[Tensor, ...]
     evaluation: "_Evaluation"
+
+    def of(self, output: Tensor, count: int) -> tuple[Tensor, ...] | None:
+        """Every exit's logits of the first ``count`` samples; None if ``output`` is not the last exit's of them.
+
+        Between model and metric a script may cast logits (mixed precision) or cut off the samples a loader repeats.
+        """
+        exits = tuple(logits[:count] for logits in self.exits)
+        last = exits[-1].detach().to(output.device, torch.float32)
+        if output.ndim != 2 or len(output) < count or last.shape != output[:count].shape:
+            return None
+        # The coarsest type they may have gone through is bfloat16, of 8 bits.
+        same = torch.allclose(last, output[:count].detach().float(), rtol=2**-7, atol=1e-6, equal_nan=True)
+        return (*exits[:-1], output[:count]) if same else None
 
 
 class _ExitRecorder(nn.Module):
-    """Runs every exit and returns the last one's logits; the others ride along as ``logits.recorded``.
+    """Runs every exit and returns the last one's logits; all of them wait in ``_ExitRecorder.latest`` for the metric.
 
-    ``module`` is the name timm unwraps, so that checkpoints hold the model's own keys.
+    An attribute of the logits would be lost in any cast or slice. ``module`` is the name timm unwraps, so that
+    checkpoints hold the model's own keys.
     """
+
+    latest: ClassVar[_Recorded | None] = None
 
     def __init__(self, module: nn.Module, suffix: str = "") -> None:
         super().__init__()
@@ -362,9 +378,15 @@ class _ExitRecorder(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        *earlier, last = self.run(x)
-        last.recorded = _Recorded(tuple(earlier), self.evaluation)
-        return last
+        exits = tuple(self.run(x))
+        _ExitRecorder.latest = _Recorded(exits, self.evaluation)
+        return exits[-1]
+
+    @classmethod
+    def take(cls) -> _Recorded | None:
+        """What the last forward pass of any recorder left, once."""
+        recorded, cls.latest = cls.latest, None
+        return recorded
 
 
 class _Evaluation:
@@ -372,21 +394,39 @@ class _Evaluation:
 
     def __init__(self, num_exits: int, suffix: str = "") -> None:
         self.suffix = suffix
-        self.counts = torch.zeros(num_exits + 1, dtype=torch.int64)  # correct at exits 1 to K, samples
+        self.counts = torch.zeros(num_exits + 2, dtype=torch.int64)  # correct at exits 1 to K, samples, lost batches
 
     @torch.no_grad()
-    def update(self, logits: Sequence[Tensor], target: Tensor, distributed: bool = False) -> None:
-        """Add a batch: K tensors (B, C) and class indices (B,)."""
-        correct = [(exit.argmax(-1) == target).sum() for exit in logits]
-        counts = torch.stack([*correct, correct[0].new_tensor(len(target))])
+    def update(self, logits: Sequence[Tensor] | None, target: Tensor, distributed: bool = False) -> None:
+        """Add a batch: K tensors (B, C) and class indices (B,). None: they are not known, and the pass is lost."""
+        counts = torch.zeros_like(self.counts, device=target.device)
+        if logits is None:
+            self._warn()
+            counts[-1] = 1
+        else:
+            counts[:-2] = torch.stack([(exit.argmax(-1) == target).sum() for exit in logits])
+            counts[-2] = len(target)
         if distributed:
             torch.distributed.all_reduce(counts)
         self.counts += counts.cpu()
 
+    @property
+    def whole(self) -> bool:
+        """Whether every batch of the pass was counted."""
+        return bool(self.counts[-2]) and not self.counts[-1]
+
     def metrics(self) -> "OrderedDict[str, float]":
         """``top1_exit1`` to ``top1_exitK`` in percent."""
-        *correct, count = self.counts.tolist()
-        return OrderedDict((f"top1_exit{k}", 100.0 * hits / max(count, 1)) for k, hits in enumerate(correct, start=1))
+        *correct, count, _ = self.counts.tolist()
+        each = [100.0 * hits / count if self.whole else float("nan") for hits in correct]
+        return OrderedDict((f"top1_exit{k}", value) for k, value in enumerate(each, start=1))
+
+    def _warn(self) -> None:
+        if not self.counts[-1]:
+            _logger.warning(
+                f"Test{self.suffix}: no accuracy per exit, since the logits that are measured are not as the "
+                "evaluation model gave them (averaged over augmentations, or of another model)."
+            )
 
     def log(self) -> None:
         exits = "  ".join(f"{k}: {value:.3f}" for k, value in enumerate(self.metrics().values(), start=1))
@@ -412,15 +452,13 @@ class MultiExitEvaluator(ClassificationEvaluator):
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add a batch's last logits (B, C), as the task's evaluation model returned them, and class indices (B,)."""
-        recorded = getattr(output, "recorded", None)
-        if recorded is None and not self.num_samples:
-            _logger.warning("These logits are not as the task's evaluation model gave them: no accuracy per exit.")
-        before = self.num_samples
+        recorded, before = _ExitRecorder.take(), self.num_samples
         super().update(output, target)
         seen = self.num_samples - before
-        if seen and recorded is not None:
+        if recorded is not None:
             self.exits.suffix = recorded.evaluation.suffix
-            self.exits.update([logits[:seen] for logits in (*recorded.earlier, output)], target[:seen])
+        if seen:
+            self.exits.update(None if recorded is None else recorded.of(output, seen), target[:seen])
 
     def compute(self, distributed: bool = False) -> "OrderedDict[str, float]":
         metrics = super().compute(distributed=distributed)
@@ -428,7 +466,7 @@ class MultiExitEvaluator(ClassificationEvaluator):
         exits.counts = self.exits.counts.to(self.device)
         if distributed:
             torch.distributed.all_reduce(exits.counts)
-        if exits.counts[-1]:
+        if exits.whole:
             if not distributed or torch.distributed.get_rank() == 0:
                 exits.log()
             metrics.update(exits.metrics())
@@ -444,17 +482,19 @@ class _ValidationLog:
         self._evaluations: deque[_Evaluation] = deque(maxlen=2)  # the model's and its moving average's
 
     def accuracy(self, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
-        recorded = getattr(output, "recorded", None)
-        if recorded is not None and target.ndim == 1:
+        recorded = _ExitRecorder.take() if target.ndim == 1 else None
+        if recorded is not None:
             if not self._evaluations or self._evaluations[-1] is not recorded.evaluation:
                 self._evaluations.append(recorded.evaluation)
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            recorded.evaluation.update((*recorded.earlier, output), target, distributed)
+            recorded.evaluation.update(recorded.of(output, len(target)), target, distributed)
         return self._accuracy(output, target, *args, **kwargs)
 
     def update_summary(self, epoch: int, train_metrics: dict, eval_metrics: dict | None, *args: Any, **kw: Any) -> Any:
         for evaluation in self._evaluations:
-            evaluation.log()
+            if evaluation.whole:
+                evaluation.log()
+        # A column that comes and goes would shift the others: of a pass that is not whole, NaN.
         if self._evaluations and eval_metrics is not None:
             eval_metrics.update(self._evaluations[-1].metrics())  # timm reports the moving average where there is one
         self._evaluations.clear()
@@ -579,8 +619,11 @@ def check_script(path: str) -> bool:
     with open(path, encoding="utf-8") as file:
         try:
             tree = ast.parse(file.read(), path)
-        except SyntaxError as error:
-            raise ValueError(f"{path} is not a Python script: {error}") from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{path} is not a Python script: {error or 'it is nested too deeply'}") from None
+    if all(isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call) for node in tree.body):
+        # JSON reads as an expression, and running it would do nothing and say so by success.
+        raise ValueError(f"{path} is not a Python script: nothing in it does anything; give timm's train.py first.")
     advice = f"take it from timm's repository at the version installed, {timm.__version__}."
     taken: set[str] = set()
     # Imports inside a try are the script's own affair.

@@ -410,6 +410,32 @@ def test_second_door_reads_the_yaml_file(script, tmp_path):
     assert "unknown key 'exit_los'" in run(*command, "--config", config).stderr
 
 
+@pytest.mark.parametrize("change, kept", [
+    (lambda z: z.float(), True), (lambda z: z.half(), True), (lambda z: z.bfloat16(), True), (lambda z: z[:5], True),
+    (lambda z: z.unfold(0, 2, 2).mean(2), False), (lambda z: z.flip(0), False),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracies_of_exits_survive_casts_and_slices_or_say_so(change, kept, dtype, caplog):
+    inner = make("msdnet_test")
+    task, x = MultiExitTask(inner, verbose=False), torch.randn(6, *inner.pretrained_cfg["input_size"])
+    model, target = task.get_eval_model().eval(), torch.randint(3, (6,))
+    saved = {}
+    log = train._ValidationLog(timm.utils.accuracy, lambda epoch, _, metrics: saved.update(metrics))
+    evaluator = task.create_evaluator()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = change(model(x))
+        log.accuracy(output, target[: len(output)])
+        evaluator.update(change(model(x)), target[: len(output)])
+        exits = [z[: len(output)].argmax(1) for z in task.get_trainable_module().forward_exits(x)]
+    log.update_summary(0, {}, saved)
+    assert ("no accuracy per exit" in caplog.text) != kept
+    found = evaluator.compute()
+    for k, answer in enumerate(exits, start=1):
+        right = 100 * (answer == target[: len(output)]).float().mean().item()
+        assert saved[f"top1_exit{k}"] == pytest.approx(right if kept else float("nan"), nan_ok=True)
+        assert found.get(f"top1_exit{k}", float("nan")) == pytest.approx(right if kept else float("nan"), nan_ok=True)
+
+
 def test_second_door_needs_no_launcher(script, tmp_path):
     done = run(script, "--device-modules", "exit_plugins.timm.train", "--model", MODEL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -439,6 +465,8 @@ def test_a_measured_training_step_goes_back_through_every_exit(tmp_path):
         ("import timm\ndef train_one_epoch(): ...\n", "does not train through timm.task.ClassificationTask"),
         ("from timm.task import TaskOfTomorrow\n", f"timm.task.TaskOfTomorrow, which timm {timm.__version__} lacks"),
         ("this is no Python", "is not a Python script"),
+        ('{"format": "exit_plugins.policy", "thresholds": [0.9, 0.5]}', "is not a Python script"),
+        ("\0", "is not a Python script"),
         (None, "no script at"),
     ],
 )
