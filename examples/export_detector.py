@@ -89,6 +89,7 @@ def export(detector: nn.Module, image: Tensor, path: Path, any_size: bool) -> No
         input_names=["image"],
         output_names=["boxes", "scores", "labels"],
         dynamic_shapes=({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if any_size else None,
+        external_data=False,  # weights in the same file
         verbose=False,
     )
 

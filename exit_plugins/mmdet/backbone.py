@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..timm import list_models
 from ..timm._checkpoints import describe_keys, fetch_checkpoint, read_checkpoint
 from ..timm.dynperceiver import checkpoint_filter_fn
+from ..timm.weights import packaged_weights
 
 __all__ = ["DynPerceiver", "TimmBackbone"]
 
@@ -36,6 +37,8 @@ class _TimmFeatures(BaseModule):
       ``train.py``, averaged weights first), safetensors or torch;
     * an ``http(s)://`` address of such a file;
     * ``timm://NAME``: the weights timm knows as ``NAME``, with or without a tag (``timm://regnety_016.tv2_in1k``);
+    * ``package://NAME``: ImageNet weights from an installed package (``package://tf_efficientnet_lite0``, see
+      ``exit_plugins.timm.weights``);
     * with ``prefix="backbone."``, a file of a detector with this backbone.
 
     Every weight of the backbone must be in it, with its shape, and nothing the classification model does not have.
@@ -297,8 +300,10 @@ def _check_init_cfg(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -
 
 
 def _read_weights(source: str) -> dict[str, Tensor]:
-    """State dict from a file, an address or ``timm://NAME``."""
+    """State dict from a file, an address, ``timm://NAME`` or ``package://NAME``."""
     source = str(source)
+    if source.startswith("package://"):
+        return packaged_weights(source.removeprefix("package://"))["state_dict"]
     if source.startswith("timm://"):
         name = source.removeprefix("timm://")
         if not timm.is_model_pretrained(name):

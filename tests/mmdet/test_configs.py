@@ -16,12 +16,13 @@ NAMES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("[!_]*/*.py"))
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds_a_detector_whose_parts_fit(name: str) -> None:
     config = Config.fromfile(CONFIGS / name)
-    # RGB with ImageNet's statistics, which the weights of our models and timm's expect.
     assert config.model.data_preprocessor.bgr_to_rgb
-    assert config.model.data_preprocessor.mean == [123.675, 116.28, 103.53]
     with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
         model = MODELS.build(config.model).eval()
         assert list(model.backbone.out_channels) == config.model.neck.in_channels
+        for statistic in ("mean", "std"):  # what the weights of our models and timm's expect
+            expected = [255 * value for value in model.backbone.model.pretrained_cfg[statistic]]
+            assert config.model.data_preprocessor[statistic] == pytest.approx(expected)
         maps = model.extract_feat(torch.empty(1, 3, 128, 192, device="meta"))
     anchors = config.model.get("rpn_head", config.model.get("bbox_head")).anchor_generator
     assert [128 // feature_map.shape[2] for feature_map in maps] == list(anchors.strides)
