@@ -24,6 +24,7 @@ from .exits import (
     solve_thresholds,
 )
 from .timm.any_model import add_exits
+from .timm.cascade import cascade_of as cascade
 from .timm.video import temporal_shift
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "add_exits",
     "anytime_curve",
     "budgeted_curve",
+    "cascade",
     "collect_exits",
     "exit_costs",
     "exit_latency",

@@ -6,6 +6,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from tqdm import tqdm
 
 from ..exits.reading import reading
 
-__all__ = ["build_with_checkpoint", "describe_keys", "fetch_checkpoint", "read_checkpoint", "unwrap_state_dict"]
+__all__ = [
+    "FEATURE_ARGUMENTS",
+    "WholeOrPart",
+    "build_with_checkpoint",
+    "describe_keys",
+    "fetch_checkpoint",
+    "read_checkpoint",
+    "unwrap_state_dict",
+]
 
 # Where training scripts put the weights of a checkpoint, the averaged ones first.
 _STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
@@ -123,6 +132,84 @@ def describe_keys(kind: str, keys: Iterable[str], limit: int = 5) -> str:
         return f"no {kind} keys"
     more = ", ..." if len(keys) > limit else ""
     return f"{len(keys)} {kind} keys ({', '.join(keys[:limit])}{more})"
+
+
+# Arguments of ``timm.create_model`` that say what becomes of the model once it is built.
+FEATURE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")
+
+
+@dataclass(frozen=True)
+class WholeOrPart:
+    """Where pretrained weights of a model around other timm networks come from, and so whose they are.
+
+    They are the networks' own, unless a configuration of the whole model is given (a saved folder, a hub repository),
+    or a file whose keys start as the whole model's do.
+
+    Attributes:
+        pretrained: Whether weights are to be loaded at all.
+        whole: Whether they are the whole model's.
+        given: The configuration that was given, or an empty one.
+        overlay: What replaces entries of the configuration, a file among it read already.
+        file: Where it was.
+    """
+
+    pretrained: bool
+    whole: bool
+    given: dict[str, Any]
+    overlay: dict[str, Any]
+    file: str | None
+
+    @classmethod
+    def find(
+        cls, prefix: str, pretrained: bool, pretrained_cfg: Any = None, overlay: Mapping[str, Any] | None = None
+    ) -> "WholeOrPart":
+        """From the arguments timm gives a model's builder; keys of the whole model start with ``prefix``."""
+        given = dict(pretrained_cfg) if isinstance(pretrained_cfg, dict) else {}
+        overlay = dict(overlay or {})
+        file = None if overlay.get("custom_load") else overlay.get("file")
+        if pretrained and file:
+            overlay["state_dict"] = read_checkpoint(file)
+        whole = bool(given) or any(key.startswith(prefix) for key in overlay.get("state_dict") or ())
+        return cls(pretrained, whole, given, overlay, file)
+
+    @property
+    def of_part(self) -> bool:
+        """Whether the networks inside are to be built with pretrained weights."""
+        return self.pretrained and not self.whole
+
+    @property
+    def part_overlay(self) -> dict[str, Any] | None:
+        return None if self.whole else self.overlay
+
+    def build(
+        self, model: nn.Module, variant: str, cfg: dict[str, Any], cache_dir: Any = None, **features: Any
+    ) -> nn.Module:
+        """``model`` as timm's builder leaves it: configured, loaded if the weights are its own, for features if asked.
+
+        Args:
+            model: The whole model, its networks inside.
+            variant: Its registered name.
+            cfg: Its pretrained configuration, where none was given.
+            cache_dir: Of downloads.
+            features: Of ``FEATURE_ARGUMENTS`` those that were given.
+        """
+        model = build_model_with_cfg(
+            lambda **_: model,
+            variant,
+            self.pretrained and self.whole,
+            pretrained_cfg={**cfg, **self.given, **(self.overlay if self.whole else {})},
+            feature_cfg=dict(out_indices=tuple(range(len(model.feature_info))), feature_cls="getter"),
+            cache_dir=cache_dir,
+            in_chans=model.in_chans,
+            **features,
+        )
+        self.forget_weights(model)
+        return model
+
+    def forget_weights(self, model: nn.Module) -> None:
+        """The weights are in the model; its configuration need not hold them a second time."""
+        if model.pretrained_cfg.pop("state_dict", None) is not None and self.file:
+            model.pretrained_cfg["file"] = str(self.file)
 
 
 def build_with_checkpoint(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

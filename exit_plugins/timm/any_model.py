@@ -7,7 +7,6 @@ import timm
 import torch
 from timm.layers import ConvNormAct, get_device_dtype
 from timm.models import generate_default_cfgs, group_parameters, register_model
-from timm.models._builder import build_model_with_cfg
 from timm.models._input import get_model_args, get_model_input_config, update_model_args
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..exits.clips import sample_size
 from ..exits.protocol import MultiExit
-from ._checkpoints import read_checkpoint
+from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
 from .layers import check_image, fold_pair, use_matrix_products
 from .split import Cut, Split, find_cuts, is_layer, meta_copy, place_cuts, pool_features, trace_network
 
@@ -454,43 +453,16 @@ def _create_with_exits(
     hub repository) or a file whose weights are those of the whole model.
     """
     own = {key: kwargs.pop(key) for key in _ARGUMENTS if key in kwargs}
-    features = {key: kwargs.pop(key) for key in ("features_only", "out_indices", "feature_cls") if key in kwargs}
-    given = pretrained_cfg if isinstance(pretrained_cfg, dict) else None
-    overlay = dict(pretrained_cfg_overlay or {})
-    file = None if overlay.get("custom_load") else overlay.get("file")
-    if pretrained and file:
-        overlay["state_dict"] = read_checkpoint(file)
-    whole = given is not None or any(key.startswith("backbone.") for key in overlay.get("state_dict") or ())
+    features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
+    source = WholeOrPart.find("backbone.", pretrained, pretrained_cfg, pretrained_cfg_overlay)
     net = timm.create_model(
-        backbone,
-        pretrained=pretrained and not whole,
-        pretrained_cfg_overlay=None if whole else overlay,
-        cache_dir=cache_dir,
-        **kwargs,
+        backbone, source.of_part, pretrained_cfg_overlay=source.part_overlay, cache_dir=cache_dir, **kwargs
     )
-    _forget_weights(net, file)
-    source_classes = (given or {}).get("num_classes", net.pretrained_cfg.get("num_classes"))
+    source.forget_weights(net)
+    source_classes = source.given.get("num_classes", net.pretrained_cfg.get("num_classes"))
     model = WithExits(net, new_classifier=net.num_classes not in (0, source_classes), **own)
-    cfg = {**_configuration(model), **(given or {}), **(overlay if whole else {})}
     _remember(model, **own)
-    model = build_model_with_cfg(
-        lambda **_: model,
-        variant,
-        pretrained and whole,
-        pretrained_cfg=cfg,
-        feature_cfg=dict(out_indices=tuple(range(len(model.feature_info))), feature_cls="getter"),
-        cache_dir=cache_dir,
-        in_chans=model.in_chans,
-        **features,
-    )
-    _forget_weights(model, file)
-    return model
-
-
-def _forget_weights(model: nn.Module, file: Any) -> None:
-    """The weights are in the model; its configuration need not hold them a second time."""
-    if model.pretrained_cfg.pop("state_dict", None) is not None and file:
-        model.pretrained_cfg["file"] = str(file)
+    return source.build(model, variant, _configuration(model), cache_dir, **features)
 
 
 _ARGUMENTS = ("exits", "head", "head_hidden", "head_drop_rate", "train", "heads_first")

@@ -15,6 +15,18 @@ from exit_plugins.timm.any_model import WithExits
 
 TOLERANCE = 1e-5  # of the largest value
 
+# Networks of which even the smallest is large, made smaller.
+_SHORT_VIT = dict(depth=4, embed_dim=96, num_heads=3)
+SHRUNK = {
+    "beit": dict(_SHORT_VIT, img_size=112),
+    "deepseek_vit": dict(_SHORT_VIT, img_size=126),
+    "gemma4_vit": dict(_SHORT_VIT, img_size=192),
+    "naflexvit": _SHORT_VIT,
+    "qwen3_vit": dict(_SHORT_VIT, img_size=192),
+    "vgg": dict(num_features=256),
+    "vision_transformer_sam": dict(_SHORT_VIT, global_attn_indexes=(1, 3)),
+}
+
 
 def modules_of_timm() -> dict[str, list[str]]:
     """Every model module of the installed timm, and the names of its models."""
@@ -48,7 +60,16 @@ def make(name: str, **kwargs) -> nn.Module:
 
 
 def images(model: nn.Module, batch: int) -> Tensor:
-    size = get_model_input_config(model)["input_size"]
+    """Small ones, where the network takes them."""
+    config = get_model_input_config(model)
+    size = config["input_size"]
+    if not config["fixed_input_size"] and size[1] > 128:
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model).to("meta")(torch.empty(2, size[0], 128, 128, dtype=torch.float64, device="meta"))
+            size = (size[0], 128, 128)
+        except Exception:  # sizes that its windows do not divide
+            pass
     return torch.randn(batch, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 

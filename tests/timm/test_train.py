@@ -44,6 +44,7 @@ def batch(model: torch.nn.Module, size: int = 4) -> tuple[torch.Tensor, torch.Te
 
 # What each architecture's paper trains it with: the weight of an early exit's cross-entropy, and of its distillation.
 PAPERS = {"dynperceiver": (0.5, 0.5), "dvt": (1.0, 0.0), "msdnet": (1.0, 0.0), "chase": (1.0, 0.0), "with": (1.0, 0.0)}
+PAPERS["cascade"] = (1.0, 0.0)
 
 
 @pytest.mark.parametrize("name", SMALL)
