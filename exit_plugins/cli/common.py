@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, Grayscale
 
 from ..exits.costs import exit_costs, exit_latency
+from ..timm.clips import ClipTransform
 from ..timm.data import ImageView, class_names, open_dataset
 from .models import device_of, number, whole
 
@@ -35,7 +36,8 @@ def add_data_arguments(
         "--data",
         required=required,
         metavar="DATA",
-        help="folder of class subfolders, any timm data set (torch/cifar100, hfds/..., wds/..., tfds/...), or digits",
+        help="folder of class subfolders, any timm data set (torch/cifar100, hfds/..., wds/..., tfds/...), or digits; "
+        "for models of clips videos in class subfolders, a folder with Something-Something's lists, or motion",
     )
     group.add_argument("--data-dir", metavar="DIR", help="where timm data sets lie")
     group.add_argument(
@@ -109,6 +111,12 @@ def make_loader(data: Any, args: argparse.Namespace, config: dict[str, Any]) -> 
 
 
 def transformed(data: Any, config: dict[str, Any]) -> Dataset:
+    of_clips = len(config["input_size"]) == 4
+    if of_clips != getattr(data, "holds_clips", False):
+        kinds = ("images", "clips") if of_clips else ("clips", "images")
+        raise ValueError(f"the data holds {kinds[0]} and the model reads {kinds[1]}.")
+    if of_clips:
+        return data.with_transform(ClipTransform.of_config(config))
     transform, channels = create_transform(**{**config, "is_training": False}), config["input_size"][0]
     if isinstance(data, ImageView):
         return data.with_channels(channels).with_transform(transform)

@@ -1,8 +1,8 @@
-"""Classify images under a policy: label, confidence, exit taken and time of each.
+"""Classify images or clips under a policy: label, confidence, exit taken and time of each.
 
-Every image is run alone, as a service would, so the time is what it took to reach its exit. The model is the one the
-policy was made for. Rows are printed as they come; a file that cannot be read is named on stderr, the others go on, and
-the exit status is then 1.
+What the model reads decides: images, or video files for a model of clips. Every one is run alone, as a service would,
+so the time is what it took to reach its exit. The model is the one the policy was made for. Rows are printed as they
+come; a file that cannot be read is named on stderr, the others go on, and the exit status is then 1.
 
 example:
   exit-plugins predict photos/*.jpg --policy policy.json --checkpoint model.safetensors --class-names names.txt
@@ -22,6 +22,7 @@ from torch import nn
 
 from ..exits.adaptive import AdaptiveModel
 from ..exits.policy import ExitPolicy, weights_digest
+from ..timm.clips import VIDEO_EXTENSIONS, ClipTransform, VideoFile
 from ..timm.images import EXTENSIONS, MODES, UnreadableImage, read_image
 from .common import add_json_argument, amount
 from .models import (
@@ -37,7 +38,7 @@ from .tables import check_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("images", nargs="+", metavar="FILE", help="image or video files, or folders of them")
     parser.add_argument("--policy", required=True, metavar="FILE", help="policy file written by solve")
     add_model_arguments(parser, positional=False)
     parser.add_argument(
@@ -56,17 +57,17 @@ def run(args: argparse.Namespace) -> int:
     known = known_model(args, policy)
     if args.model is None and known["architecture"] is None:
         raise ValueError("this policy does not say what model it is for; give --model.")
-    paths = _image_files(args.images)
     model = open_model(args, known)
     policy.check_model(model)
     check_weights(policy, weights_digest(model), args.force)
     names = _names(model, known, shown)
     answers = _Answers(model, policy, data_config(args, model, known), names)
+    paths = _files(args.images, answers.kind)
     rows = answers.of(paths)
     if args.json:
         _print_json(rows)
     else:
-        _print_rows(rows, paths, names, policy.num_exits)
+        _print_rows(rows, answers.kind, paths, names, policy.num_exits)
     return 1 if answers.failed else 0
 
 
@@ -75,10 +76,16 @@ class _Answers:
 
     def __init__(self, model: nn.Module, policy: ExitPolicy, config: dict[str, Any], names: Sequence[str]) -> None:
         self.adaptive = AdaptiveModel(model, policy)
-        self.transform = create_transform(**{**config, "is_training": False})
-        self.mode = MODES.get(config["input_size"][0])
-        if self.mode is None:
-            raise ValueError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}.")
+        self.kind = "clip" if len(config["input_size"]) == 4 else "image"
+        channels = config["input_size"][-3]
+        if channels not in MODES:
+            raise ValueError(f"{self.kind}s have 1 or 3 channels, the model takes {channels}.")
+        if self.kind == "clip":
+            transform = ClipTransform.of_config(config)
+            self.read = lambda path: transform(VideoFile(path))
+        else:
+            transform = create_transform(**{**config, "is_training": False})
+            self.read = lambda path: transform(read_image(path).convert(MODES[channels]))
         self.device = next(model.parameters()).device
         self.names = names
         self.failed = 0
@@ -88,7 +95,7 @@ class _Answers:
         warm = False
         for path in paths:
             try:
-                pixels = self.transform(read_image(path).convert(self.mode))[None].to(self.device)
+                pixels = self.read(path)[None].to(self.device)
             except UnreadableImage as error:
                 self.failed += 1
                 print(f"exit-plugins predict: {error}", file=sys.stderr)
@@ -101,7 +108,7 @@ class _Answers:
             answer = int(out.logits[0].argmax())  # waits for the device
             seconds = time.perf_counter() - start
             yield {
-                "image": str(path),
+                self.kind: str(path),
                 "class": answer,
                 "label": self.names[answer],
                 "confidence": None if torch.isnan(out.confidence[0]) else float(out.confidence[0]),
@@ -120,7 +127,9 @@ def _print_json(rows: Iterable[dict[str, Any]]) -> None:
         print("\n]")
 
 
-def _print_rows(rows: Iterable[dict[str, Any]], paths: Sequence[Path], names: Sequence[str], num_exits: int) -> None:
+def _print_rows(
+    rows: Iterable[dict[str, Any]], kind: str, paths: Sequence[Path], names: Sequence[str], num_exits: int
+) -> None:
     """A table whose columns are as wide as anything that may come."""
     widths = (max(5, *(len(str(path)) for path in paths)), max(5, *map(len, names)), 10, 4, 8)
 
@@ -128,20 +137,21 @@ def _print_rows(rows: Iterable[dict[str, Any]], paths: Sequence[Path], names: Se
         image, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         print("  ".join([image.strip().ljust(widths[0]), *others]).rstrip(), flush=True)
 
-    show("image", "label", "confidence", "exit", "time")
+    show(kind, "label", "confidence", "exit", "time")
     for row in rows:
         sure = "NaN" if row["confidence"] is None else f"{row['confidence']:.3f}"
-        show(row["image"], row["label"], sure, f"{row['exit']}/{num_exits}", amount(row["seconds"], "s"))
+        show(row[kind], row["label"], sure, f"{row['exit']}/{num_exits}", amount(row["seconds"], "s"))
 
 
-def _image_files(arguments: list[str]) -> list[Path]:
+def _files(arguments: list[str], kind: str) -> list[Path]:
     """The files named and those in the folders named; a file that is not there is found out when it is read."""
     paths = []
     for argument in map(Path, arguments):
         if argument.is_dir():
-            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            endings = VIDEO_EXTENSIONS if kind == "clip" else EXTENSIONS
+            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in endings)
             if not inside:
-                raise ValueError(f"no images in {argument}.")
+                raise ValueError(f"no {kind}s in {argument}.")
             paths += inside
         else:
             paths.append(argument)

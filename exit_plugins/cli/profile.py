@@ -15,6 +15,7 @@ import timm
 import torch
 
 from ..exits.costs import exit_costs, exit_latency
+from ..timm.video import temporal_shift
 from .common import (
     add_json_argument,
     amount,
@@ -68,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     name = args.plain or next((plain for ours, plain in PLAIN.items() if args.model.startswith(ours)), None)
     plain = None
     if name is not None:
-        plain = timm.create_model(name, num_classes=model.num_classes, in_chans=size[0])
+        plain = timm.create_model(name, num_classes=model.num_classes, in_chans=size[-3])
+        if len(size) == 4:  # the rival on clips has the shift too
+            plain = temporal_shift(plain, size[0])
         plain = plain.to(next(model.parameters()).device).eval()
         counted = _Single(plain)
         plain_costs = exit_costs(counted, size)
@@ -121,6 +124,7 @@ class _Single(torch.nn.Module):
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.sample_ndim = getattr(network, "sample_ndim", 3)
 
     def begin_exits(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -16,7 +16,7 @@ __all__ = ["ImageFiles", "ImageView", "class_names"]
 
 @dataclass(eq=False)
 class ImageView(Dataset):
-    """Some samples of a dataset of (PIL image, class index) pairs, under a transform of their own.
+    """Some samples of a dataset of (PIL image, class index) pairs, or of clips, under a transform of their own.
 
     Attributes:
         base: the dataset.
@@ -65,7 +65,12 @@ class ImageView(Dataset):
     def name(self, item: int) -> str:
         """What a sample is called: its file where it has one."""
         number = int(self.index[item])
-        return self.base.name(number) if isinstance(self.base, ImageFiles) else f"image {number}"
+        return self.base.name(number) if callable(getattr(self.base, "name", None)) else f"image {number}"
+
+    @property
+    def holds_clips(self) -> bool:
+        """Whether its samples are clips, sequences of PIL images, and not images."""
+        return getattr(self.base, "holds_clips", False)
 
     def subset(self, index: Sequence[int]) -> "ImageView":
         """The samples at these places of the view (integers, or a boolean mask)."""

@@ -4,6 +4,7 @@ A clip is a sequence of PIL images, one a frame, read when asked for. ``ClipTran
 tensor (T, C, H, W) of them, with the same crop and flip on every frame.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from ..exits.reading import UnreadableFile
+from .images import EXTENSIONS, MODES, UnreadableImage, read_image
 
 __all__ = [
     "VIDEO_EXTENSIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "FrameFolder",
     "FrameLists",
     "MultiScaleCrop",
+    "UnreadableClip",
     "VideoFile",
     "VideoFolder",
     "sample_frames",
@@ -39,6 +41,10 @@ VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".o
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class UnreadableClip(UnreadableImage):
+    """A file that is no video, is damaged or holds no frames; the message names it. It is dealt with as images are."""
+
+
 class VideoFile(Sequence):
     """The frames of a video file, decoded by PyAV (the extra ``video``) when asked for.
 
@@ -46,8 +52,8 @@ class VideoFile(Sequence):
     quick for the seconds-long clips that are classified.
 
     Raises, when read:
-        FileNotFoundError, ImportError: there is no such file; PyAV is not installed.
-        UnreadableFile: the file is no video, or is damaged; it is named.
+        ImportError: PyAV is not installed.
+        UnreadableClip: there is no such file, it is no video, or it is damaged; it is named.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,7 +69,7 @@ class VideoFile(Sequence):
                 # Packets are counted without decoding; the number in the header is often missing or wrong.
                 self._length = sum(packet.size > 0 for packet in container.demux(stream))
             if self._length == 0:
-                raise UnreadableFile(f"{self.path} holds no frames; copy or cut it anew.")
+                raise UnreadableClip(f"{self.path} holds no frames; copy or cut it anew.")
         return self._length
 
     def __getitem__(self, index: int) -> Image.Image:
@@ -86,7 +92,7 @@ class VideoFile(Sequence):
                         break
         if len(found) < len(wanted):
             missing = max(wanted - found.keys())
-            raise UnreadableFile(f"{self.path} breaks off: it has no frame {missing}; copy or cut it anew.")
+            raise UnreadableClip(f"{self.path} breaks off: it has no frame {missing}; copy or cut it anew.")
         return [found[int(index)] for index in indices]
 
     @contextmanager
@@ -96,21 +102,21 @@ class VideoFile(Sequence):
         except ModuleNotFoundError as error:
             raise ImportError("reading video files needs PyAV: pip install 'exit-plugins[video]'") from error
         if not self.path.is_file():
-            raise FileNotFoundError(f"no video at {self.path}.")
+            raise UnreadableClip(f"there is no video {self.path}.")
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
-                    raise UnreadableFile(f"{self.path} holds no video stream.")
+                    raise UnreadableClip(f"{self.path} holds no video stream.")
                 yield container, container.streams.video[0]
         except av.error.FFmpegError as error:
-            raise UnreadableFile(f"{self.path} is no video that can be decoded ({error.strerror}).") from error
+            raise UnreadableClip(f"{self.path} is no video that can be decoded ({error.strerror}).") from error
 
 
 class FrameFolder(Sequence):
     """A clip as a folder of numbered images: ``template`` names the frames, from 1 to ``length``.
 
     Raises, when read:
-        FileNotFoundError, ValueError: a frame is missing, or no image; it is named.
+        UnreadableImage: a frame is missing, or no image; it is named.
     """
 
     def __init__(self, folder: str | Path, length: int, template: str = "{:05d}.jpg") -> None:
@@ -123,14 +129,7 @@ class FrameFolder(Sequence):
         return self.length
 
     def __getitem__(self, index: int) -> Image.Image:
-        path = self.folder / self.template.format(1 + range(self.length)[index])
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no frame {path}, though its list gives the clip {self.length} frames.") from None
-        except (UnidentifiedImageError, OSError) as error:
-            raise UnreadableFile(f"{path} is not an image that can be read: {error}") from error
+        return read_image(self.folder / self.template.format(1 + range(self.length)[index]))
 
 
 def _take(clip: Sequence[Image.Image], indices: Sequence[int]) -> list[Image.Image]:
@@ -164,8 +163,13 @@ class VideoFolder(Dataset):
         self.classes = tuple(sorted(set(names)))
         self.samples = [(path, self.classes.index(name)) for path, name in zip(found, names, strict=True)]
 
+    holds_clips = True
+
     def __len__(self) -> int:
         return len(self.samples)
+
+    def name(self, item: int) -> str:
+        return str(self.samples[item][0])
 
     def __getitem__(self, item: int) -> tuple[VideoFile, int]:
         path, target = self.samples[item]
@@ -214,12 +218,41 @@ class FrameLists(Dataset):
             raise ValueError(f"{list_file} has a class {count - 1}, and there are {len(self.classes)} names.")
         self.template = template or _template(self.root / self.samples[0][0])
 
+    holds_clips = True
+
     def __len__(self) -> int:
         return len(self.samples)
+
+    def name(self, item: int) -> str:
+        return str(self.root / self.samples[item][0])
 
     def __getitem__(self, item: int) -> tuple[FrameFolder, int]:
         path, length, target = self.samples[item]
         return FrameFolder(self.root / path, length, self.template), target
+
+
+def holds_videos(folder: Path) -> bool:
+    """Whether the first file of a known kind below a folder is a video, and not an image."""
+    for _, _, files in os.walk(folder, followlinks=True):
+        for file in files:
+            ending = os.path.splitext(file)[1].lower()
+            if ending in VIDEO_EXTENSIONS or ending in EXTENSIONS:
+                return ending in VIDEO_EXTENSIONS
+    return False
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """Something-Something's lists in a folder, by split: ``train_videofolder.txt`` is that of ``train``."""
+    return {path.name.partition("_")[0]: path for path in sorted(folder.glob("*_videofolder.txt"))}
+
+
+def open_list(path: Path, root: str | Path | None = None) -> FrameLists:
+    """The clips of a list; the names of the classes from ``category.txt`` beside it, where there is one.
+
+    ``root``: where the paths of the list start from, by default the folder of the list.
+    """
+    names = path.with_name("category.txt")
+    return FrameLists(path, root or path.parent, classes=names if names.is_file() else None)
 
 
 def _parse(line: str, where: str) -> tuple[str, int, int]:
@@ -321,9 +354,9 @@ class ClipTransform:
         crop: bool = True,
     ) -> None:
         channels, *size = input_size
-        if channels not in (1, 3):
+        if channels not in MODES:
             raise ValueError(f"clips are grey or RGB, 1 or 3 channels; got {channels}.")
-        self.num_frames, self.training, self.mode = num_frames, training, "RGB" if channels == 3 else "L"
+        self.num_frames, self.training, self.mode = num_frames, training, MODES[channels]
         mode = InterpolationMode(interpolation)
         steps: list[v2.Transform]
         if training and crop:
@@ -334,6 +367,13 @@ class ClipTransform:
             steps.append(v2.RandomHorizontalFlip(hflip))
         mean, std = (list(values)[:channels] for values in (mean, std))
         self.pixels = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any], training: bool = False, **kwargs: Any) -> "ClipTransform":
+        """After ``images.input_config`` of a clip model, whose ``input_size`` is (T, C, H, W)."""
+        num_frames, *size = config["input_size"]
+        shared = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        return cls(num_frames, tuple(size), training, **shared, **kwargs)
 
     def __call__(self, clip: Sequence[Image.Image]) -> Tensor:
         indices = sample_frames(len(clip), self.num_frames, self.training)

@@ -19,7 +19,9 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from ._views import ImageFiles, ImageView, class_names
+from .clips import VideoFolder, holds_videos, list_files, open_list
 from .images import EXTENSIONS, read_image
+from .motion import MotionSet
 
 __all__ = ["ImageView", "Splits", "class_names", "open_dataset", "open_splits"]
 
@@ -144,7 +146,9 @@ def open_dataset(
     Args:
         spec: a folder with one subfolder per split and in each one per class, or of classes alone, which is one
             split, ``all``; a timm dataset such as ``torch/cifar100`` or ``hfds/cifar100``; or ``digits``,
-            scikit-learn's, unless there is a folder of that name.
+            scikit-learn's, unless there is a folder of that name. Of clips: such a folder with videos in the place of
+            images, one with Something-Something's lists (``train_videofolder.txt``, ...; ``root`` is where their
+            paths start from), or ``motion``, generated from digits, ``motion:SPEC`` from the images of ``SPEC``.
         split: name of the split. ``validation``, ``val``, ``valid`` and ``eval`` are one, ``test`` and ``testing``,
             ``train`` and ``training`` too. Of several names, the first there is.
         root: where timm datasets lie or are to be put.
@@ -188,7 +192,9 @@ def open_splits(spec: str, root: str | None = None, seed: int = 0, calibration: 
 def _source(spec: str, root: str | None, kwargs: dict[str, Any]) -> _Source:
     folder = Path(spec)
     if folder.is_dir():
-        return _folder_source(folder, kwargs)
+        return _lists_source(folder, root) if list_files(folder) else _folder_source(folder, kwargs)
+    if spec == "motion" or spec.startswith("motion:"):
+        return _motion_source(spec, spec.partition(":")[2] or "digits", root)
     if spec == "digits":
         return _Source("digits", {name: partial(_digits, name) for name in _NAMES})
     prefix, _, name = spec.partition("/")
@@ -214,11 +220,14 @@ def _folder_source(folder: Path, kwargs: dict[str, Any]) -> _Source:
     train = source.find("train")
     if train is None:
         return source
-    numbering = (lambda: source.splits[train]().classes) if kwargs else partial(_class_folders, folder / train)
+    opens = bool(kwargs) or holds_videos(folder / train)
+    numbering = (lambda: source.splits[train]().classes) if opens else partial(_class_folders, folder / train)
     return replace(source, classes=numbering)
 
 
 def _folder_view(folder: Path, kwargs: dict[str, Any]) -> ImageView:
+    if holds_videos(folder):
+        return ImageView(VideoFolder(folder))
     try:
         found = create_dataset("", str(folder), search_split=False, **{"input_key": ";".join(EXTENSIONS), **kwargs})
     except RuntimeError as error:  # timm: "Found 0 images"
@@ -239,6 +248,30 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     if not found:
         raise ValueError(f"{folder} holds no images in class subfolders.")
     return tuple(sorted(found, key=natural_key))
+
+
+def _lists_source(folder: Path, root: str | None) -> _Source:
+    """Frame folders, listed as TSM's tools do."""
+    lists = list_files(folder)
+    views = {split: lambda path=path: ImageView(open_list(path, root)) for split, path in lists.items()}
+    return _Source(str(folder), views)
+
+
+# Clips in each split, and the seed they are drawn from.
+_MOTION = {"train": (2000, 0), "validation": (1000, 2), "test": (1000, 1)}
+
+
+def _motion_source(where: str, spec: str, root: str | None) -> _Source:
+    """Generated motion of the images of a dataset, each split of its own images."""
+    images = _source(spec, root, {})
+    if _ALL in images.splits:
+        images = images.holding_out(0.2, seed=0)
+
+    def opened(split: str) -> ImageView:
+        count, seed = _MOTION[split]
+        return ImageView(MotionSet(images.open(split), count, seed=seed))
+
+    return _Source(where, {split: partial(opened, split) for split in _MOTION if images.find(split)})
 
 
 def _torch_source(spec: str, name: str, root: str | None, kwargs: dict[str, Any]) -> _Source:

@@ -22,6 +22,7 @@ from PIL import Image, ImageCms, ImageOps
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..exits.clips import sample_size
 from ..exits.digests import describe_model
 from ..exits.reading import UnreadableFile
 
@@ -93,7 +94,8 @@ def input_config(
 
     Returns:
         ``input_size`` (C, H, W), ``mean`` and ``std`` (C,), ``interpolation``, ``crop_pct`` and ``crop_mode``, as
-        ``timm.data.create_transform`` takes them.
+        ``timm.data.create_transform`` takes them. Of a model of clips, ``input_size`` is (T, C, H, W), and
+        ``clips.ClipTransform.of_config`` takes them.
 
     Raises:
         ValueError: the model reads another number of channels than asked for.
@@ -103,7 +105,7 @@ def input_config(
     size = tuple(config["input_size"] if input_size is None else input_size)
     if input_size is not None and len(size) == 3 and size[0] != channels:
         raise ValueError(f"the model reads images of {channels} channels, an input size of {size[0]} was asked for.")
-    config["input_size"] = (channels, *size[-2:])
+    config["input_size"] = sample_size(model, (channels, *size[-2:]))
     for key in ("mean", "std"):
         if len(config[key]) != channels:
             config[key] = (sum(config[key]) / len(config[key]),) * channels

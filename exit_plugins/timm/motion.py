@@ -37,6 +37,7 @@ class MotionSet(Dataset):
     """
 
     classes = CLASSES
+    holds_clips = True
 
     def __init__(self, images: Dataset, count: int, num_frames: int = 8, size: int = 32, seed: int = 0) -> None:
         self.images, self.count, self.num_frames, self.size, self.seed = images, count, num_frames, size, seed
@@ -44,11 +45,15 @@ class MotionSet(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def target(self, item: int) -> int:
+        """Class of a sample: they come in turns."""
+        return item % len(CLASSES)
+
     def __getitem__(self, item: int) -> tuple[list[Image.Image], int]:
         if not 0 <= item < self.count:
             raise IndexError(item)
         rng = np.random.default_rng((self.seed, item))
-        target = item % len(CLASSES)
+        target = self.target(item)
         image, _ = self.images[int(rng.integers(len(self.images)))]
         side = self.size  # enough pixels for the largest the image becomes
         image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)

@@ -10,16 +10,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from exit_plugins.exits.reading import UnreadableFile
 from exit_plugins.timm.clips import (
     ClipTransform,
     FrameFolder,
     FrameLists,
     MultiScaleCrop,
+    UnreadableClip,
     VideoFile,
     VideoFolder,
     sample_frames,
 )
+from exit_plugins.timm.data import open_dataset, open_splits
+from exit_plugins.timm.images import UnreadableImage
 
 av = pytest.importorskip("av")
 
@@ -60,19 +62,19 @@ def test_broken_and_missing_videos_are_named(tmp_path):
     cases = {"cut.avi": whole.read_bytes()[:40], "empty.avi": b"", "text.avi": b"no video at all" * 50}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UnreadableFile, match=name):
+        with pytest.raises(UnreadableClip, match=name):
             ClipTransform(4, (3, 32, 32))(VideoFile(tmp_path / name))
     # A file whose last frames are gone, after its length was read.
     clip = VideoFile(whole)
     assert len(clip) == 20
     write_video(whole, [0] * 5)
-    with pytest.raises(UnreadableFile, match=r"whole.avi breaks off: it has no frame 17"):
+    with pytest.raises(UnreadableClip, match=r"whole.avi breaks off: it has no frame 17"):
         clip.take([2, 17])
-    with pytest.raises(FileNotFoundError, match="gone.avi"):
+    with pytest.raises(UnreadableClip, match="gone.avi"):
         len(VideoFile(tmp_path / "gone.avi"))
     broken = VideoFolder(_folder(tmp_path / "set", broken=True))
     loader = DataLoader(_Transformed(broken, ClipTransform(4, (3, 32, 32))), batch_size=2)
-    with pytest.raises(UnreadableFile, match="broken.mp4"):
+    with pytest.raises(UnreadableClip, match="broken.mp4"):
         list(loader)
 
 
@@ -142,10 +144,10 @@ def test_faults_of_lists_and_frames_are_named(frames):
     listed = frames / "val_videofolder.txt"
     (frames / "frames" / "100" / "00005.jpg").unlink()
     clip = FrameLists(listed, frames / "frames")[0][0]
-    with pytest.raises(FileNotFoundError, match="00005.jpg"):
+    with pytest.raises(UnreadableImage, match="00005.jpg"):
         clip[4]
     (frames / "frames" / "100" / "00006.jpg").write_bytes(b"no image")
-    with pytest.raises(UnreadableFile, match="00006.jpg"):
+    with pytest.raises(UnreadableImage, match="00006.jpg"):
         clip[5]
     for text, fault in (("100 nine 1\n", "line 1"), ("\n100 0 1", "line 2.*no frames"), ("", "lists no clips")):
         listed.write_text(text)
@@ -210,3 +212,21 @@ def test_training_crops_alike_on_all_frames_and_never_mirrors_by_itself():
         params = crop.make_params([torch.zeros(6, 3, 48, 64)])
         assert {params["height"], params["width"]} <= {48, 42, 36, 31}
         assert params["top"] + params["height"] <= 48 and params["left"] + params["width"] <= 64
+
+
+def test_datasets_of_clips_open_by_their_folder(tmp_path, frames):
+    for split in ("train", "val"):
+        _folder(tmp_path / "videos" / split)
+    train, val = (open_dataset(str(tmp_path / "videos"), split) for split in ("train", "validation"))
+    assert train.classes == val.classes == ("run", "walk") and train.holds_clips
+    assert val.name(0).endswith("val/run/0.mp4")
+    tensor, target = val.with_transform(ClipTransform(2, (3, 16, 16)))[3]
+    assert tensor.shape == (2, 3, 16, 16) and target == 1
+    splits = open_splits(str(tmp_path / "videos"), calibration=0.5)
+    assert [len(view) for view in (splits.train, splits.calibration, splits.test)] == [2, 2, 4]
+    _folder(tmp_path / "classes")
+    assert len(open_dataset(str(tmp_path / "classes"), "all")) == 4
+    (frames / "train_videofolder.txt").write_text("101 3 0\n100 9 1\n")
+    listed = open_dataset(str(frames), "train", root=str(frames / "frames"))
+    assert listed.classes[0].startswith("Pushing") and len(listed[0][0]) == 3
+    assert len(open_dataset(str(frames), "validation", root=str(frames / "frames"))) == 2
