@@ -8,6 +8,7 @@ Mutations follow from the seed alone. Exit status 1 if any of them ended otherwi
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,8 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a damaged name of a base model is looked up
 
 import numpy as np
 import torch
