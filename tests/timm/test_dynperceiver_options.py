@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -130,6 +131,7 @@ CHANGES = {
 }
 
 
+@cache
 def cost(**options) -> Cost:
     model = timm.create_model(NAME, device="meta", **options)
     return Cost(sum(p.numel() for p in model.parameters()), int(exit_costs(model, (3, 224, 224)).macs[-1]))
