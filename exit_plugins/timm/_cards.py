@@ -12,7 +12,6 @@ from timm.models._hub import generate_readme, hf_split
 from torch import nn
 
 from ..exits import exit_costs
-from ..exits.clips import sample_size
 from ..exits.files import atomic_write
 from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.protocol import check_multi_exit
@@ -64,7 +63,7 @@ def model_card(
         "Model Type": f"Image classification with {model.num_exits} early exits",
         "Model Stats": {
             "Params (M)": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}",
-            "Image size": " x ".join(str(side) for side in stats["input_size"][1:]),
+            "Image size": " x ".join(str(side) for side in stats["input_size"][-2:]),
             "Classes": model.num_classes,
         },
         "Exits (cumulative cost of one image)": _exit_lines(stats),
@@ -180,7 +179,7 @@ def _exit_stats(model: nn.Module, accuracies: Sequence[float] | None) -> dict[st
     if accuracies is not None and len(accuracies) != model.num_exits:
         raise ValueError(f"{len(accuracies)} accuracies for a model of {model.num_exits} exits; give one per exit.")
     input_size = [int(side) for side in input_config(model)["input_size"]]
-    costs = exit_costs(model, sample_size(model, input_size))
+    costs = exit_costs(model, input_size)
     stats: dict[str, Any] = {
         "num_exits": int(model.num_exits),
         "input_size": input_size,
