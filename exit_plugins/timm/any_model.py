@@ -310,13 +310,7 @@ class WithExits(MultiExit, nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
         """Groups of the network's layers for layer-wise learning rates; early heads are with the classifier."""
-        groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
-        last = max(groups.values(), default=0)
-
-        def group(name: str) -> tuple[float, ...]:
-            return (groups.get(name.removeprefix("backbone."), last),)
-
-        return group
+        return groups_of_part(self.backbone, "backbone.", coarse)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -338,11 +332,27 @@ class WithExits(MultiExit, nn.Module):
             raise RuntimeError("fuse() folds batch norms with their running statistics: call model.eval() first.")
         if not self.fused:
             self.fused = True
-            self.backbone = reparameterize_model(self.backbone, inplace=True)
-            use_matrix_products(_fold_batch_norms(self.backbone, self.exit_names))
+            fuse_network(self.backbone, self.exit_names)
             if self.num_exits:
                 self.split = Split(self.backbone, self.exit_names)
         return self
+
+
+def groups_of_part(part: nn.Module, prefix: str, coarse: bool) -> Callable[[str], tuple[float, ...]]:
+    """Group matcher of a model with ``part`` under ``prefix``: the part's own groups, and all else in the last."""
+    groups = group_parameters(part, part.group_matcher(coarse=coarse), reverse=True)
+    last = max(groups.values(), default=0)
+
+    def group(name: str) -> tuple[float, ...]:
+        return (groups.get(name.removeprefix(prefix), last),)
+
+    return group
+
+
+def fuse_network(net: nn.Module, exit_names: Sequence[str]) -> None:
+    """Put the inference form of a timm network in place; what the modules ``exit_names`` return stays as it is."""
+    reparameterize_model(net, inplace=True)
+    use_matrix_products(_fold_batch_norms(net, exit_names))
 
 
 def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:

@@ -5,10 +5,11 @@ Paper: "Dynamic Perceiver for Efficient Visual Recognition" (Han et al., ICCV 20
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,6 +17,7 @@ from timm.layers import ConvNormAct, DropPath, Mlp, calculate_drop_path_rates, g
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from timm.models._features import feature_take_indices
+from timm.models._input import get_model_input_config
 from timm.models.regnet import Bottleneck as RegNetBottleneck
 from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import downsample_conv
@@ -23,7 +25,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
-from ._checkpoints import build_with_checkpoint, describe_keys, unwrap_state_dict
+from ._branch import FeatureBranch, network_branch
+from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart, build_with_checkpoint, describe_keys, unwrap_state_dict
+from .any_model import fuse_network, groups_of_part
 from .layers import (
     AdaptiveAverage,
     FusedBlock,
@@ -53,7 +57,8 @@ class DynPerceiverCfg:
     """One network of the paper's tables 5 to 7, and what of it to leave out: the ablations of tables 2 and 3.
 
     Attributes:
-        branch: Builder of the feature branch, one of ``regnety``, ``resnet``, ``mobilenetv3``.
+        branch: Builder of the feature branch, one of ``regnety``, ``resnet``, ``mobilenetv3``; or ``network``: the one
+            the model is given.
         num_latents: L, latent tokens in stage 1, halved after each of the first three stages; divisible by 8.
         latent_depths: Self-attention blocks in each of the four stages.
         mlp_ratio: Widening factor of the self-attention blocks' MLPs.
@@ -137,17 +142,6 @@ def _exit_sites(cfg: DynPerceiverCfg) -> tuple[ExitSite, ...]:
         # The last map is then the end of the network.
         sites = tuple(site for site in sites if not site.reads_latents) or (ExitSite(11, False, True),)
     return sites if cfg.fkt else tuple(site._replace(hears=None) for site in sites)
-
-
-class FeatureBranch(NamedTuple):
-    """The convolutional branch: C1..C4 are the channels entering the stages, C5 those leaving the last."""
-
-    stem: nn.Module
-    stages: list[nn.Sequential]
-    channels: list[int]
-    stem_reduction: int
-    reductions: list[int]
-    head_width: int = 0
 
 
 def _regnety(cfg: DynPerceiverCfg, in_chans: int, drop_path_rate: float, dd: dict[str, Any]) -> FeatureBranch:
@@ -593,6 +587,9 @@ class DynPerceiver(MultiExit, nn.Module):
             default is the paper's: 0.2 in MobileNet, none elsewhere.
         drop_path_rate: Stochastic depth of the last convolutional block, falling linearly to 0 at the first.
         features_before_z2x: Take intermediate feature maps before the cross-attention that follows each stage.
+        backbone: With ``branch="network"``: a timm network with four stages of maps, which becomes the feature branch
+            with its weights, under ``backbone.``.
+        freeze_backbone: Keep that network as it is, in evaluation mode at all times.
     """
 
     exit_loss = "paper"  # eq. 3
@@ -607,6 +604,8 @@ class DynPerceiver(MultiExit, nn.Module):
         drop_rate: float | None = None,
         drop_path_rate: float = 0.0,
         features_before_z2x: bool = False,
+        backbone: nn.Module | None = None,
+        freeze_backbone: bool = False,
         device: Any = None,
         dtype: Any = None,
         **kwargs: Any,
@@ -614,7 +613,7 @@ class DynPerceiver(MultiExit, nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         cfg = replace(cfg, **kwargs)
-        if cfg.branch not in _BRANCHES:
+        if cfg.branch not in _BRANCHES and backbone is None:
             raise ValueError(f"unknown feature branch {cfg.branch!r}; expected one of {', '.join(_BRANCHES)}.")
         if cfg.latent_branch and (cfg.num_latents < 8 or cfg.num_latents % 8):
             raise ValueError(f"num_latents must be a positive multiple of 8, got {cfg.num_latents}.")
@@ -636,7 +635,14 @@ class DynPerceiver(MultiExit, nn.Module):
         self.features_before_z2x = features_before_z2x
         self.fused = False
 
-        branch = _BRANCHES[cfg.branch](cfg, in_chans, drop_path_rate, dd)
+        self.freeze_backbone = freeze_backbone and backbone is not None
+        if backbone is None:
+            branch = _BRANCHES[cfg.branch](cfg, in_chans, drop_path_rate, dd)
+        else:
+            self.backbone = backbone
+            branch = network_branch(backbone)
+            if freeze_backbone:
+                self.backbone.requires_grad_(False)
         self.channels = branch.channels
         self.head_width = branch.head_width
         self.stem_reduction = branch.stem_reduction
@@ -716,6 +722,12 @@ class DynPerceiver(MultiExit, nn.Module):
                         nn.init.zeros_(module.bias)
                 elif isinstance(module, ResNetBottleneck):
                     module.zero_init_last()
+
+    def train(self, mode: bool = True) -> "DynPerceiver":
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
 
     # A stage is three steps: read, convolve, write. Everything that runs the network runs a range of them.
 
@@ -907,7 +919,7 @@ class DynPerceiver(MultiExit, nn.Module):
         if num_classes > 0:
             self._check_exits()
         self.num_classes = num_classes
-        self.heads, self.transfers = self._build_heads(num_classes, get_device_dtype(self.stem))
+        self.heads, self.transfers = self._build_heads(num_classes, get_device_dtype(self))
         self.heads.train(self.training)
         self.transfers.train(self.training)
 
@@ -917,8 +929,13 @@ class DynPerceiver(MultiExit, nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates: stem and latents, then block by block."""
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], tuple[float, ...]]:
+        """Parameter groups for layer-wise learning rates: stem and latents, then block by block.
+
+        Over a given network those of the network; everything of the latents is in the last.
+        """
+        if hasattr(self, "backbone"):
+            return groups_of_part(self.backbone, "backbone.", coarse)
         if coarse:
             return dict(stem=r"^(?:stem|latent)", blocks=r"^stages\.(\d+)")
         return dict(
@@ -933,7 +950,9 @@ class DynPerceiver(MultiExit, nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Latents and key positions, as timm treats positions; the authors' recipe decays them."""
-        return {name for name, _ in self.named_parameters() if name == "latent" or name.endswith("key_position")}
+        own = {name for name, _ in self.named_parameters() if name == "latent" or name.endswith("key_position")}
+        inner = getattr(getattr(self, "backbone", None), "no_weight_decay", set)
+        return own | {f"backbone.{name}" for name in inner()}
 
     @torch.jit.ignore
     def fuse(self, image_size: tuple[int, int] | None = None) -> "DynPerceiver":
@@ -960,7 +979,10 @@ class DynPerceiver(MultiExit, nn.Module):
         reductions = [self.stem_reduction, *(info["reduction"] for info in self.feature_info)]
         for stage, reduction in zip(self.stages, reductions[: self.num_stages], strict=True):
             stage.fuse(*(-(-side // reduction) for side in image_size))
-        fuse_convolutions(self)
+        if hasattr(self, "backbone"):
+            fuse_network(self.backbone, [cut.name for cut in self.stem.split.cuts])
+        else:
+            fuse_convolutions(self)
         for stage in self.stages:
             stage.blocks = nn.Sequential(
                 *[FusedRegNetBlock(b) if isinstance(b, RegNetBottleneck) else b for b in stage.blocks]
@@ -1156,10 +1178,50 @@ def _create_dynperceiver(variant: str, pretrained: bool, cfg: DynPerceiverCfg, *
     return model
 
 
+# Arguments of a model of a given network that are not the network's.
+_OWN_ARGUMENTS = (*(field.name for field in fields(DynPerceiverCfg)), "features_before_z2x", "freeze_backbone")
+
+
+def _create_over_network(
+    pretrained: bool,
+    backbone: str,
+    num_classes: int | None = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    own = {key: kwargs.pop(key) for key in _OWN_ARGUMENTS if key in kwargs}
+    features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
+    source = WholeOrPart.find("latent", pretrained, pretrained_cfg, pretrained_cfg_overlay)
+    overlay = source.part_overlay
+    net = timm.create_model(backbone, source.of_part, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs)
+    source.forget_weights(net)
+    cfg = {key: value for key, value in net.pretrained_cfg.items() if key in _INPUT_KEYS}
+    first_conv = net.pretrained_cfg.get("first_conv")
+    cfg["first_conv"] = f"backbone.{first_conv}" if isinstance(first_conv, str) else None
+    if num_classes is None:
+        num_classes = source.given.get("num_classes", net.num_classes)
+    net.reset_classifier(0)
+    dd = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
+    in_chans = get_model_input_config(net)["input_size"][0]
+    drop = {key: kwargs[key] for key in ("drop_rate",) if key in kwargs}
+    model = DynPerceiver(DynPerceiverCfg("network"), in_chans, num_classes, backbone=net, **own, **drop, **dd)
+    model._traits = {**getattr(net, "_traits", {}), "first_conv": cfg["first_conv"]}
+    cfg["classifier"] = tuple(
+        f"{root}.{index}.fc" for root in ("heads", "transfers") for index in range(len(getattr(model, root)))
+    )
+    cfg["architecture"] = "dynperceiver"
+    return source.build(model, "dynperceiver", cfg, cache_dir, **features)
+
+
+_INPUT_KEYS = ("num_classes", "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "fixed_input_size")
+
 _resnet_cfg = partial(_cfg, first_conv="stem.0.conv")
 _mobilenet_cfg = partial(_cfg, first_conv="stem.0.conv")
 default_cfgs = generate_default_cfgs(
     {
+        "dynperceiver.untrained": {},
         "dynperceiver_resnet50_0_375x.in1k": _resnet_cfg(_url("844ac164a62246eb9ce8")),
         "dynperceiver_resnet50_0_5x.untrained": _resnet_cfg(),
         "dynperceiver_resnet50_0_5x_t256.untrained": _resnet_cfg(),
@@ -1189,6 +1251,21 @@ _RegNetY1_6GF = partial(_RegNetY, widths=(32, 48, 120, 336, 888), depths=(2, 6, 
 _RegNetY3_2GF = partial(
     DynPerceiverCfg, "regnety", widths=(32, 72, 216, 576, 1512), depths=(2, 5, 13, 1), group_size=24
 )
+
+
+@register_model
+def dynperceiver(
+    pretrained: bool = False, backbone: str = "resnet18", pretrained_backbone: bool = False, **kwargs: Any
+) -> DynPerceiver:
+    """Dyn-Perceiver over a timm network: that network is the feature branch, the latent branch is new.
+
+    Args:
+        pretrained, pretrained_backbone: Load the network's pretrained weights; of a saved folder or a file of the whole
+            model, everything.
+        backbone: Name of a network with a stem and four stages of maps, as in ``timm.create_model``.
+        kwargs: Fields of ``DynPerceiverCfg`` and arguments of ``DynPerceiver``; all others go to the network.
+    """
+    return _create_over_network(pretrained or pretrained_backbone, backbone, **kwargs)
 
 
 @register_model

@@ -22,7 +22,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cut", "Split", "find_cuts", "is_layer", "meta_copy", "place_cuts", "pool_features", "trace_network"]
+__all__ = [
+    "Cut",
+    "Split",
+    "find_cuts",
+    "is_layer",
+    "map_layout",
+    "meta_copy",
+    "place_cuts",
+    "pool_features",
+    "trace_network",
+]
 
 _BATCHES = (2, 3)  # shapes are compared between these, to see what follows the number of samples
 _SIZES = ("shape", "ndim", "dtype", "device", "is_cuda", "itemsize", "nbytes")  # attributes that need no values
@@ -103,14 +113,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 class _Entry(nn.Module):
-    """Calls ``net`` with images alone: further arguments of its forward take their defaults."""
+    """Calls a method of ``net`` with images alone: further arguments take their defaults."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, method: str) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.method = net, method
 
     def forward(self, x):
-        return self.net(x)
+        return self.net(x) if self.method == "forward" else getattr(self.net, self.method)(x)
 
 
 class _Tracer(fx.Tracer):
@@ -152,7 +162,10 @@ class _Tracer(fx.Tracer):
 
 
 def trace_network(
-    shadow: nn.Module, opens: Callable[[str, nn.Module], bool], must_open: Callable[[str], bool] = lambda name: False
+    shadow: nn.Module,
+    opens: Callable[[str, nn.Module], bool],
+    must_open: Callable[[str], bool] = lambda name: False,
+    method: str = "forward",
 ) -> tuple[fx.Graph, dict[str, list[tuple[Any, fx.Node]]]]:
     """Trace ``shadow(images)`` in the mode it is in.
 
@@ -161,6 +174,7 @@ def trace_network(
         opens: Given a module's name and itself, whether to trace what it does; else it is one node. A module that
             cannot be traced stays one node.
         must_open: Given a module's name, whether the trace must fail with it instead.
+        method: What of the network to trace.
 
     Returns:
         The graph, whose targets are names in ``shadow``, and for each module that ran a list with one entry per call:
@@ -174,7 +188,7 @@ def trace_network(
         lambda name, module: name == "net" or opens(stripped(name), module),
         lambda name: name == "net" or must_open(stripped(name)),
     )
-    graph = tracer.trace(_Entry(shadow))
+    graph = tracer.trace(_Entry(shadow, method))
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = stripped(node.target)
@@ -242,9 +256,10 @@ class _Analysis:
         input_size: Sequence[int],
         opens: Callable[[str, nn.Module], bool],
         must_open: Callable[[str], bool] = lambda name: False,
+        method: str = "forward",
     ) -> None:
         self.shadow, self.input_size = shadow, tuple(input_size)
-        self.graph, self.calls = trace_network(shadow, opens, must_open)
+        self.graph, self.calls = trace_network(shadow, opens, must_open, method)
         profilers = []
         dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
         for batch in _BATCHES:
@@ -348,6 +363,11 @@ def _layout(model: nn.Module, shape: tuple[int, ...], input_size: tuple[int, ...
         for divide in (lambda side, by: side // by, lambda side, by: -(-side // by)):
             grids.add(divide(height, int(info["reduction"])) * divide(width, int(info["reduction"])))
     return "NLC", prefix if prefix and shape[0] not in grids and shape[0] - prefix in grids else 0
+
+
+def map_layout(model: nn.Module, shape: tuple[int, ...], input_size: tuple[int, ...]) -> str:
+    """Layout of a value of ``shape`` (without the batch) in ``model``, see ``Cut``; ValueError where there is none."""
+    return _layout(model, shape, input_size)[0]
 
 
 class _Border:
@@ -602,9 +622,11 @@ def _find_cuts(model: nn.Module, input_size: Sequence[int] | None, also: Sequenc
     return cuts, total
 
 
-def _analyse(shadow: nn.Module, input_size: Sequence[int], opens, must_open=lambda name: False) -> _Analysis:
+def _analyse(
+    shadow: nn.Module, input_size: Sequence[int], opens, must_open=lambda name: False, method: str = "forward"
+) -> _Analysis:
     try:
-        return _Analysis(shadow, input_size, opens, must_open)
+        return _Analysis(shadow, input_size, opens, must_open, method)
     except Exception as error:
         mode = "training" if shadow.training else "evaluation"
         raise ValueError(
@@ -625,10 +647,13 @@ class Split:
         names: The modules to cut behind, in the order they run.
         input_size: (channels, height, width) of the images shapes are checked with; the default is the model's own.
             Other sizes work wherever they work in the network.
+        method: What of the network to run: its ``forward``, or ``forward_features``.
 
     Attributes:
         cuts: One ``Cut`` for each name.
         total_macs: Of one image through the whole network.
+        output_shapes: Shape of each tensor the network returns, without the batch.
+        alone: Whether one tensor alone passes each cut.
         feature_index: For each cut, which tensor of the state is what the cut's module returned; None if it is not
             read again, or not one tensor.
 
@@ -636,14 +661,22 @@ class Split:
         ValueError: A name is unknown, or the network cannot be cut there; the message says why.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], input_size: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        input_size: Sequence[int] | None = None,
+        method: str = "forward",
+    ) -> None:
         shadow = meta_copy(model)
         input_size = tuple(input_size or get_model_input_config(model)["input_size"])
         _check_names(shadow, names)
         opened = {".".join(parts[:count]) for parts in (n.split(".") for n in names) for count in range(len(parts))}
         self._segments: dict[bool, list[_Segment]] = {}
         for training in (True, False):
-            analysis = _analyse(shadow.train(training), input_size, lambda name, _: name in opened, opened.__contains__)
+            analysis = _analyse(
+                shadow.train(training), input_size, lambda name, _: name in opened, opened.__contains__, method
+            )
             try:
                 borders = [analysis.border(name) for name in names]
             except _CannotCut as error:
@@ -657,7 +690,10 @@ class Split:
             ]
         self.cuts = tuple(analysis.cut(name) for name in names)
         self.total_macs = analysis.total_macs
+        result = analysis.tensors(list(analysis.graph.nodes)[-1].args[0])
+        self.output_shapes = tuple(tuple(t.shape[1:]) for t in result)
         self.feature_index = tuple(border.feature for border in borders)
+        self.alone = all(len(b.carried) == 1 and not b.outlined and not b.sizes for b in borders)
 
     def __len__(self) -> int:
         return len(self.cuts) + 1
