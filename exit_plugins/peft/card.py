@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import timm.models
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..exits import exit_costs
 from .folders import name_of
+from .timm_family import input_size as timm_input_size
+from .timm_family import is_timm
 
 if TYPE_CHECKING:
     from .multi_exit import ExitModel
@@ -65,11 +66,7 @@ def input_size(backbone: nn.Module) -> tuple[int, int, int] | None:
     if hasattr(config, "image_size"):
         size = config.image_size
         return (getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
-    if not hasattr(backbone, "forward_features"):
-        return None
-    channels, *size = timm.models.get_model_input_config(backbone)["input_size"]
-    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or size
-    return (channels, *size)
+    return timm_input_size(backbone) if is_timm(backbone) else None
 
 
 def update_card(

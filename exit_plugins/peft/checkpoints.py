@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from ..timm._checkpoints import describe_keys, read_checkpoint
-from .families import find_family
+from .timm_family import timm_classifiers
 
 __all__ = ["load_backbone"]
 
@@ -29,7 +29,7 @@ def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> nn.Module:
     if any(key.startswith(_MOCO) for key in state):
         state = {key.removeprefix(_MOCO): value for key, value in state.items() if key.startswith(_MOCO)}
     state = {key: value for key, value in state.items() if not key.startswith(_MAE)}
-    heads = tuple(f"{name}." for name in find_family(backbone).classifiers(backbone))
+    heads = tuple(f"{name}." for name in timm_classifiers(backbone))
     if isinstance(backbone, VisionTransformer):
         state = checkpoint_filter_fn(state, backbone)
     state = {key: value for key, value in state.items() if not key.startswith(heads)}

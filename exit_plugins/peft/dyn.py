@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, reading_
 from .multi_exit import EarlyHead, ExitHeads, ExitModel, MultiExitBackbone, widen_classifiers
 from .precision import check_mergeable, halve_saved, single_saved
 from .schedule import GradientMask, exit_weights, set_dropout
+from .timm_family import TimmFamily, fill_targets, uncalled_adapters
 
 __all__ = ["DynConfig", "DynPeftModel", "get_dyn_peft_model"]
 
@@ -67,7 +69,9 @@ class DynPeftModel(ExitModel, PeftModel):
         exit_after = _check_backbone(model, family, dyn_config)
         family.prepare(model)
         widen_classifiers(model, family.classifiers(model), dyn_config.last_head_width)
-        _save_classifiers(peft_config, family.classifiers(model))
+        _save_classifiers(peft_config, model, family.classifiers(model))
+        if isinstance(family, TimmFamily):
+            fill_targets(peft_config, model, family)
         try:
             super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -77,6 +81,7 @@ class DynPeftModel(ExitModel, PeftModel):
                 f"target_modules={peft_config.target_modules} and the settings beside it name no module that can be "
                 f"adapted in this {type(model).__name__}. Layers in {unit} are called: {', '.join(names)}."
             ) from error
+        self._check_called(family)
         self.family = family
         self.dyn_config: dict[str, DynConfig] = {}
         self._exit_after: dict[str, tuple[int, ...]] = {}
@@ -137,11 +142,37 @@ class DynPeftModel(ExitModel, PeftModel):
         self._exit_after[adapter_name] = exit_after
         set_dropout(backbone, adapter_name, family.units(backbone), config.dropout_shallow, config.dropout_deep)
 
+    def _check_called(self, family: Family) -> None:
+        """ValueError if the backbone reads an adapted layer's weights and never calls it."""
+        if not isinstance(family, TimmFamily):
+            return
+        try:
+            unused = uncalled_adapters(self.backbone, family.input_size)
+        except Exception:  # what cannot be run without weights (quantised layers) is not checked
+            return
+        if unused:
+            raise ValueError(
+                f"{len(unused)} of the layers to adapt are never called, such as {unused[0]}: the backbone reads their "
+                "weights itself, so that adapters around them have no effect. Leave them out of target_modules, or "
+                "name them in exclude_modules."
+            )
+
+    def train(self, mode: bool = True) -> "DynPeftModel":
+        """As in torch, but frozen batch norms go on as in evaluation: their statistics are not saved with adapters."""
+        super().train(mode)
+        if mode and "family" in self.__dict__:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not (
+                    module.affine and module.weight.requires_grad
+                ):
+                    module.eval()
+        return self
+
     def get_base_model(self) -> nn.Module:
         """The backbone with adapters and early heads, seen as one multi-exit module; nothing is copied."""
         if "exit_heads" not in self._modules:
             return super().get_base_model()
-        return MultiExitBackbone(self.backbone, self.early_heads, self.exit_after, self.token)
+        return MultiExitBackbone(self.backbone, self.early_heads, self.exit_after, self.token, self.family)
 
     def __getattr__(self, name: str) -> Any:
         """What is missing here is PEFT's tuner's or the backbone's, as in ``PeftModel``, unless exits would be lost."""
@@ -261,8 +292,15 @@ class DynPeftModel(ExitModel, PeftModel):
         _check_method(peft_config)
         exit_after = _check_backbone(self.backbone, self.family, dyn_config)
         widen_classifiers(self.backbone, self.family.classifiers(self.backbone), dyn_config.last_head_width)
-        _save_classifiers(peft_config, self.family.classifiers(self.backbone))
+        _save_classifiers(peft_config, self.backbone, self.family.classifiers(self.backbone))
+        if isinstance(self.family, TimmFamily):
+            fill_targets(peft_config, self.backbone, self.family)
         super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        try:
+            self._check_called(self.family)
+        except ValueError:
+            super().delete_adapter(adapter_name)
+            raise
         self._add_exits(adapter_name, dyn_config, exit_after, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -294,7 +332,7 @@ class DynPeftModel(ExitModel, PeftModel):
         check_mergeable(self.backbone, self.active_peft_config.peft_type.value)
         backbone = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
         halve_saved(backbone)
-        return MultiExitBackbone(backbone, heads, exit_after, token).train(training)
+        return MultiExitBackbone(backbone, heads, exit_after, token, self.family).train(training)
 
     # Files
 
@@ -430,19 +468,20 @@ def get_dyn_peft_model(
     """Adapt a pretrained classifier by any PEFT method and give it early exits (Dyn-Adapter, arXiv:2407.14302).
 
     Args:
-        model: A timm VisionTransformer, Eva, SwinTransformer or ConvNeXt, or a transformers ViT, DeiT, DINOv2 or BEiT
-            for image classification, whose classifier has the task's number of classes. It is changed in place and its
-            weights are frozen; the classifier is trained along, in a copy that is saved with the adapter.
+        model: Any timm classification model that can be traced, or a transformers ViT, DeiT, DINOv2 or BEiT for image
+            classification, whose classifier has the task's number of classes. It is changed in place and its weights
+            are frozen; the classifier is trained along, in a copy that is saved with the adapter.
         peft_config: ``RepAdapterConfig``, ``BottleneckConfig``, ``peft.LoraConfig`` or of another PEFT method that
-            wraps linear layers. It is copied.
+            wraps linear layers or convolutions. It is copied. Over a timm model ``target_modules`` may be left out: the
+            layers that are usual for the method and the layout are then adapted, and printed.
         dyn_config: Exits and training; ``DynConfig()`` if left out.
         adapter_name: Name of the adapter.
         autocast_adapter_dtype: Keep adapters of a half-precision model in single precision.
 
     Raises:
-        TypeError: no family's forward is the model's, or the method wraps no layers.
-        ValueError: the interval does not divide the depth, the classifier has another number of classes, or no module
-            is called as ``target_modules`` says.
+        TypeError: the model is neither timm's nor of a known family, or the method wraps no layers.
+        ValueError: the model cannot be cut, the interval does not divide the depth, the classifier has another number
+            of classes, no module is called as ``target_modules`` says, or the model never calls one that is.
     """
     return DynPeftModel(
         model,
@@ -454,7 +493,13 @@ def get_dyn_peft_model(
 
 
 def _classifier(model: nn.Module, family: Family) -> nn.Module:
-    return model.get_submodule(family.classifiers(model)[0])
+    """The layer that gives the last exit's logits; what stands there, if it is none."""
+    found = model.get_submodule(family.classifiers(model)[0])
+    if isinstance(found, AuxiliaryTrainingWrapper):
+        found = next(iter(found.modules_to_save.values()))
+    if isinstance(found, nn.Linear | nn.Conv2d):
+        return found
+    return [found, *(m for m in found.modules() if isinstance(m, nn.Linear | nn.Conv2d))][-1]
 
 
 def _check_method(config: PeftConfig) -> None:
@@ -494,8 +539,17 @@ def _check_backbone(model: nn.Module, family: Family, config: DynConfig) -> tupl
     return exit_after
 
 
-def _save_classifiers(config: PeftConfig, names: list[str]) -> None:
+def _save_classifiers(config: PeftConfig, model: nn.Module, names: list[str]) -> None:
     """Have the classifiers trained and saved along, as PEFT's ``modules_to_save``."""
+    # PEFT goes by the ends of names.
+    ends = tuple(names)
+    others = [name for name, _ in model.named_modules() if name.endswith(ends) and not name.startswith(ends)]
+    if others:
+        warnings.warn(
+            f"PEFT trains the classifier {', '.join(names)} in full, and with it every module whose name ends so: "
+            f"{', '.join(others)}.",
+            stacklevel=4,
+        )
     config.modules_to_save = [
         *(config.modules_to_save or []),
         *(n for n in names if n not in (config.modules_to_save or [])),

@@ -30,8 +30,8 @@ class DynConfig:
     early heads, that these read the class token, and that the mask covers heads as well as adapters.
 
     Args:
-        exit_interval: Blocks per exit, T; it divides the number of blocks. Left out: a quarter of them, and for
-            hierarchical models one stage.
+        exit_interval: Blocks per exit, T; it divides the number of blocks. Left out: a quarter of them (the largest
+            divisor that is no more), and for hierarchical models one stage.
         num_classes: Classes of the task; what the backbone's classifier must have. Left out: what it has.
         token: What early heads read: ``"cls"``, the class token, or ``"mean"``, the mean of the patch tokens. Left out:
             the class token where there is one.
@@ -121,7 +121,8 @@ class DynConfig:
 
     def exit_after(self, family: Family, units: int) -> tuple[int, ...]:
         """How many of the backbone's ``units`` have run at each exit."""
-        interval = self.exit_interval or family.interval or max(units // 4, 1)
+        usual = family.interval or max(d for d in range(1, max(units // 4, 1) + 1) if units % d == 0)
+        interval = self.exit_interval or usual
         if interval < 1 or units % interval or units == interval:
             fitting = [d for d in range(1, units) if units % d == 0]
             raise ValueError(

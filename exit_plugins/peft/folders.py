@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..exits.files import atomic_folder
 from ..exits.reading import reading, strict_json
-from .families import find_family
+from .families import Family, find_family
 
 if TYPE_CHECKING:
     from .multi_exit import MultiExitBackbone
@@ -169,8 +169,8 @@ def load_merged(
     model: nn.Module | None,
     widen: Callable[[nn.Module, Sequence[str], int], None],
     **hub: Any,
-) -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
-    """Backbone, record and early heads of a folder that ``save_merged`` wrote; ``widen`` makes wider last heads."""
+) -> tuple[nn.Module, Family, dict[str, Any], dict[str, Tensor]]:
+    """Backbone, its family, record and early heads that ``save_merged`` wrote; ``widen`` makes last heads wider."""
     record, tensors = read_exits(model_id, "merged", **hub)
     if model is not None:
         check_base(model_id, record, model)
@@ -199,8 +199,7 @@ def load_merged(
     if not by_transformers:
         check_keys(f"the weights in {model_id}", set(weights), set(backbone.state_dict()))
     backbone.load_state_dict(weights, strict=False)
-    family.prepare(backbone)
-    return backbone, record, heads
+    return backbone, family, record, heads
 
 
 def _create_timm(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> nn.Module:

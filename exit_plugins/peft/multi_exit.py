@@ -170,23 +170,27 @@ class ExitModel(MultiExit):
         return self.family.begin(self.backbone, x)
 
     def forward_exit(self, index: int, state: Any) -> tuple[Tensor, Any]:
-        state = self.run_units(index, state)
+        output, state = self.run_units(index, state)
         if index == self.num_exits - 1:
             return self.family.finish(self.backbone, state), state
-        return self.early_heads[index](self.family.features(self.backbone, state, self.token)), state
+        return self.early_heads[index](self._features(index, output)), state
 
-    def run_units(self, index: int, state: Any) -> Any:
-        """The state at exit ``index`` from the state at the exit before it."""
+    def run_units(self, index: int, state: Any) -> tuple[Any, Any]:
+        """What the last unit before exit ``index`` returns and the state there, from the state at the exit before."""
+        output = None
         for unit in range(self.exit_after[index - 1] if index else 0, self.exit_after[index]):
-            state = self.family.run(self.backbone, unit, state)
-        return state
+            output, state = self.family.run(self.backbone, unit, state)
+        return output, state
+
+    def _features(self, index: int, output: Any) -> Tensor:
+        return self.family.features(self.backbone, self.exit_after[index] - 1, output, self.token)
 
     def exit_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """For images (B, C, H, W), what the head of each exit reads, (B, width); at the last exit before its norm."""
         state, features = self.begin_exits(x), []
         for index in range(self.num_exits):
-            state = self.run_units(index, state)
-            features.append(self.family.features(self.backbone, state, self.token))
+            output, state = self.run_units(index, state)
+            features.append(self._features(index, output))
         return tuple(features)
 
     def loss(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -308,13 +312,20 @@ class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
     with exits.
     """
 
-    def __init__(self, backbone: nn.Module, early_heads: nn.ModuleList, exit_after: Sequence[int], token: str) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        early_heads: nn.ModuleList,
+        exit_after: Sequence[int],
+        token: str,
+        family: Family | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.early_heads = early_heads
         self.exit_after = tuple(exit_after)
         self.token = token
-        self.family = find_family(backbone)
+        self.family = family or find_family(backbone)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -371,11 +382,11 @@ class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
         Raises:
             ValueError: the folder holds no such model, or it does not fit ``model``; what is missing is named.
         """
-        backbone, record, heads = load_merged(model_id, model, widen_classifiers, **hub)
+        backbone, family, record, heads = load_merged(model_id, model, widen_classifiers, **hub)
         early = nn.ModuleList(
             EarlyHead(width, record["num_classes"], hidden)
             for width, hidden in zip(record["widths"], record["hidden_widths"], strict=True)
         )
-        merged = cls(backbone, early, record["exit_after"], record["token"])
+        merged = cls(backbone, early, record["exit_after"], record["token"], family)
         early.to(next(backbone.parameters()).device, next(iter(heads.values())).dtype).load_state_dict(heads)
         return merged.eval()

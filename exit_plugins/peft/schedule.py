@@ -34,14 +34,15 @@ def set_dropout(
     Works on every PEFT method that keeps its dropout in a dictionary by adapter name. A rate of None leaves the
     method's own. Returns how many layers were set; warns if there were none to set.
     """
-    count, wanted = 0, shallow is not None or deep is not None
+    count, wanted, depth = 0, shallow is not None or deep is not None, -1
     for name, layer in model.named_modules():
+        if name in units:
+            depth = units.index(name)
         if not isinstance(layer, BaseTunerLayer):
             continue
-        depth = next((index for index, unit in enumerate(units) if name.startswith(f"{unit}.")), None)
-        if depth is None:
-            continue
-        rate = shallow if depth < len(units) // 2 else deep
+        # What stands between two units runs with the later one.
+        within = depth >= 0 and (name == units[depth] or name.startswith(f"{units[depth]}."))
+        rate = shallow if (depth if within else depth + 1) < len(units) // 2 else deep
         for child_name, child in layer.named_children():
             if not (child_name.endswith("dropout") and isinstance(child, nn.ModuleDict) and adapter_name in child):
                 continue

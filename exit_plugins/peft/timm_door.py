@@ -45,13 +45,11 @@ __all__ = ["DynTask", "dyn_peft", "main"]
 default_cfgs: dict[str, Any] = {}
 
 _METHODS: dict[str, Callable[..., PeftConfig]] = {
-    "repadapter": lambda r, targets, **kwargs: RepAdapterConfig(
-        r=r, target_modules=targets or ["qkv", "fc1"], **kwargs
-    ),
+    "repadapter": lambda r, targets, **kwargs: RepAdapterConfig(r=r, target_modules=targets, **kwargs),
     "lora": lambda r, targets, **kwargs: LoraConfig(
-        **{"r": r, "lora_alpha": r, "lora_dropout": 0.1, "target_modules": targets or ["qkv"], **kwargs}
+        **{"r": r, "lora_alpha": r, "lora_dropout": 0.1, "target_modules": targets, **kwargs}
     ),
-    "bottleneck": lambda r, targets, **kwargs: BottleneckConfig(r=r, target_modules=targets or ["fc2"], **kwargs),
+    "bottleneck": lambda r, targets, **kwargs: BottleneckConfig(r=r, target_modules=targets, **kwargs),
 }
 
 
@@ -77,7 +75,7 @@ def dyn_peft(
         backbone_checkpoint: file with weights of the backbone, MoCo v3's and MAE's among them; its classifier is left
             out.
         method: ``repadapter``, ``lora`` or ``bottleneck``.
-        r, target_modules, method_kwargs: of the method's configuration.
+        r, target_modules, method_kwargs: of the method's configuration; without target_modules, the usual layers.
         dyn: fields of ``DynConfig``.
         adapter: folder that ``DynPeftModel.save_pretrained`` wrote; method and exits are then those saved there.
         merge: fold that adapter into the backbone, if its method can be.

@@ -20,7 +20,6 @@ from exit_plugins import (
 )
 from exit_plugins.exits.evaluation import cka
 from exit_plugins.exits.protocol import select_samples
-from exit_plugins.peft.families import find_family
 from exit_plugins.peft.multi_exit import EarlyHead
 
 
@@ -45,7 +44,7 @@ def dynamic(name, **kwargs):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exits_are_those_of_the_backbones_own_forward(name, images, tmp_path):
     dyn = dynamic(name)
-    units = find_family(dyn.backbone).units(dyn.backbone)
+    units = dyn.family.units(dyn.backbone)
     seen = []
     hooks = [dyn.backbone.get_submodule(unit).register_forward_hook(lambda m, i, o: seen.append(o)) for unit in units]
     with torch.no_grad():
@@ -114,7 +113,7 @@ def test_mean_token(name, images):
     dyn = dynamic(name, token="mean")
     prefix = {"vit": 1, "deit_distilled": 2, "dinov2_reg": 3, "eva": 1, "hf_deit": 2, "hf_beit": 1}[name]
     seen = []
-    unit = dyn.backbone.get_submodule(find_family(dyn.backbone).units(dyn.backbone)[0])
+    unit = dyn.backbone.get_submodule(dyn.family.units(dyn.backbone)[0])
     hook = unit.register_forward_hook(lambda m, i, o: seen.append(o))
     logits = dyn.forward_exits(images)[0]
     hook.remove()
@@ -252,5 +251,5 @@ class Foreign(nn.Module):
 
 
 def test_unknown_model_is_told_what_is_known_and_how_to_add_more():
-    with pytest.raises(TypeError, match=r"(?s)timm VisionTransformer.*transformers BeitFor.*register_family"):
+    with pytest.raises(TypeError, match=r"(?s)any timm classification model.*transformers BeitFor.*register_family"):
         get_dyn_peft_model(Foreign(), RepAdapterConfig(target_modules=["qkv"]))

@@ -1,0 +1,215 @@
+"""timm's networks as chains of blocks or stages, cut by the timm wing's splitter, and their layers to adapt."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from timm.models._input import get_model_input_config
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..exits import MultiExit
+from ..timm.split import Split, find_cuts, is_layer, meta_copy, pool_features
+from .families import Family, names_of
+
+__all__ = ["TimmFamily", "fill_targets", "input_size", "is_timm", "timm_classifiers", "uncalled_adapters"]
+
+# Last parts of the names that timm gives to the layers adapters are usually put on.
+_ATTENTION = {"qkv", "q", "k", "v", "kv", "qk", "q_proj", "k_proj", "v_proj", "query", "key", "value"}
+_MLP_IN, _MLP_OUT = {"fc1"}, {"fc2"}
+
+
+def is_timm(model: nn.Module) -> bool:
+    """Whether ``model`` answers what timm's classification models answer."""
+    return all(hasattr(model, name) for name in ("feature_info", "forward_features", "get_classifier", "num_features"))
+
+
+def timm_classifiers(model: nn.Module) -> list[str]:
+    """Names of the layers that give a timm model's logits."""
+    found = model.get_classifier()
+    found = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+    return [name for module in found for name in names_of(model, module)]
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) that a timm model is made for."""
+    channels, *size = get_model_input_config(model)["input_size"]
+    # A model that was made by its class, and not by name, says its size here alone.
+    return (channels, *(getattr(getattr(model, "patch_embed", None), "img_size", None) or size))
+
+
+class TimmFamily(Family):
+    """One timm network, cut behind its stages, or behind its blocks where it is the same width all the way.
+
+    Stages and blocks are those that timm's ``feature_info`` names. The cuts are found in a trace without weights; what
+    runs are the network's own modules, by name, whatever wraps them by then.
+
+    Args:
+        model: The network, without adapters.
+
+    Raises:
+        ValueError: The network cannot be traced, or has fewer than two places for exits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, MultiExit):
+            raise ValueError(f"{type(model).__name__} has exits of its own; adapt the network it is built over.")
+        self.prepare(model)
+        self.input_size = input_size(model)
+        cuts = find_cuts(model, self.input_size)
+        info = {entry["module"]: entry for entry in _feature_info(model) if "module" in entry}
+        stages = [c for c in cuts if c.name in info and not _is_stem(c.name, model.get_submodule(c.name))]
+        if len(stages) < 2:
+            stages, info = cuts, {}
+        if len(stages) < 2:
+            raise ValueError(f"{type(model).__name__} has fewer than two places for exits.")
+        even = len({entry.get("reduction") for name, entry in info.items() if name in {c.name for c in stages}}) <= 1
+        self.unit, self.interval = ("block", None) if even else ("stage", 1)
+        self.name = f"timm {type(model).__name__}"
+        self.split = Split(model, [cut.name for cut in stages], self.input_size)
+        self._opened = {
+            ".".join(parts[:count]) for cut in stages for parts in [cut.name.split(".")] for count in range(len(parts))
+        }
+
+    def accepts(self, model: nn.Module) -> bool:
+        return is_timm(model)
+
+    def prepare(self, model: nn.Module) -> None:
+        # With a fused bias timm reads qkv.weight and never calls qkv, so that an adapter around it has no effect.
+        for module in model.modules():
+            if getattr(module, "qkv", None) is not None and getattr(module, "qkv_bias_separate", None) is False:
+                module.qkv_bias_separate = True
+
+    def units(self, model: nn.Module) -> list[str]:
+        return [cut.name for cut in self.split.cuts]
+
+    def widths(self, model: nn.Module) -> list[int]:
+        return [cut.width for cut in self.split.cuts]
+
+    def has_class_token(self, model: nn.Module) -> bool:
+        return getattr(model, "cls_token", None) is not None and all(any(c.prefix_tokens) for c in self.split.cuts)
+
+    def classifiers(self, model: nn.Module) -> list[str]:
+        return timm_classifiers(model)
+
+    def begin(self, model: nn.Module, x: Tensor) -> Tensor:
+        return x
+
+    def run(self, model, index, state):
+        state = state if isinstance(state, tuple) else (state,)
+        if self._checkpoints(model):
+            output, state = checkpoint(self.split.run, model, index, state, use_reentrant=False)
+        else:
+            output, state = self.split.run(model, index, state)
+        return output, state[0] if len(state) == 1 else state  # most networks pass one tensor on: it is the state
+
+    def _checkpoints(self, model: nn.Module) -> bool:
+        """Whether timm was told to trade computation for memory in a module that the segments replace, in training."""
+        told = any(getattr(model.get_submodule(name), "grad_checkpointing", False) for name in self._opened)
+        return told and model.training and torch.is_grad_enabled()
+
+    def features(self, model, index, output, token):
+        return pool_features(output, self.split.cuts[index], token)
+
+    def finish(self, model, state):
+        return self.run(model, len(self.split.cuts), state)[0][0]
+
+
+def _is_stem(name: str, module: nn.Module) -> bool:
+    """Whether ``feature_info`` names what stands before the first stage: a layer, or what is called a stem."""
+    return name.startswith("stem") or is_layer(module)
+
+
+def _feature_info(model: nn.Module) -> list[dict]:
+    info = model.feature_info
+    return [entry for entry in getattr(info, "info", info) or [] if isinstance(entry, dict)]
+
+
+def fill_targets(config: PeftConfig, model: nn.Module, family: TimmFamily) -> None:
+    """Name the layers to adapt where ``config`` leaves ``target_modules`` out, and print which they are.
+
+    In transformers, the inputs of attention; for RepAdapter those of MLPs as well; for Bottleneck the outputs of MLPs.
+    Without attention, the inputs of MLPs. In convolutional networks, 1 x 1 convolutions between channels, or, for
+    methods that can, all convolutions where there are none of these. Layer norms for LN tuning.
+
+    Raises:
+        ValueError: There is nothing of the kind.
+    """
+    if not hasattr(config, "target_modules") or config.target_modules is not None:
+        return
+    method = config.peft_type.value
+    units = family.units(model)
+    # Not every stage ends in a unit: EfficientNet's feature_info leaves some out, which the next segment runs.
+    homes = tuple(f"{unit.rpartition('.')[0] or unit}." for unit in units)
+    inside = {name: module for name, module in model.named_modules() if name.startswith(homes)}
+    seen = inputs_of(model, family.input_size, inside)
+    # Convolutions that see one position alone are squeeze-and-excitation's.
+    inside = {n: m for n, m in inside.items() if n in seen and not (len(seen[n]) == 4 and seen[n][2:].numel() == 1)}
+    chosen = _norms(inside) if method == "LN_TUNING" else _layers(inside, method)
+    if not chosen:
+        first = f"{units[0]}."
+        there = [name.removeprefix(first) for name, m in inside.items() if name.startswith(first) and is_layer(m)]
+        raise ValueError(
+            f"{method} has no usual layers to adapt in a {type(model).__name__}: give target_modules. Layers in "
+            f"{units[0]} are called: {', '.join(there)}."
+        )
+    config.target_modules = _shortened(chosen, [name for name, _ in model.named_modules()])
+    named = sorted(config.target_modules)
+    shown = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
+    print(f"target_modules left out: {method} adapts {len(chosen)} layers, {shown}")
+
+
+def _layers(inside: dict[str, nn.Module], method: str) -> list[str]:
+    linear = {name: name.rpartition(".")[2] for name, module in inside.items() if isinstance(module, nn.Linear)}
+    attention = [name for name, last in linear.items() if last in _ATTENTION]
+    mlp = [name for name, last in linear.items() if last in (_MLP_OUT if method == "BOTTLENECK" else _MLP_IN)]
+    if method == "BOTTLENECK":
+        attention = []
+    if attention or mlp:
+        return [*attention, *(mlp if method == "REPADAPTER" or not attention else [])]
+    convolutions = {n: m for n, m in inside.items() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    pointwise = [name for name, module in convolutions.items() if module.kernel_size == (1, 1)]
+    in_branches = [name for name in pointwise if not {"downsample", "shortcut"} & set(name.split("."))]
+    spatial_too = [] if method in ("REPADAPTER", "BOTTLENECK") else list(convolutions)
+    return in_branches or spatial_too or pointwise or list(linear)
+
+
+def _norms(inside: dict[str, nn.Module]) -> list[str]:
+    return [name for name, module in inside.items() if isinstance(module, nn.LayerNorm)]
+
+
+def _shortened(chosen: list[str], names: list[str]) -> list[str]:
+    """Endings of names that are those of the chosen modules and of no other: one part if that will do, else all."""
+    by_ending = defaultdict(set)
+    for name in names:
+        by_ending[name.rpartition(".")[2]].add(name)
+    result = set()
+    for name in chosen:
+        ending = name.rpartition(".")[2]
+        result.add(ending if by_ending[ending] <= set(chosen) else name)
+    return sorted(result)
+
+
+def inputs_of(model: nn.Module, size: tuple[int, int, int], names: Iterable[str]) -> dict[str, torch.Size]:
+    """Shape of what a forward pass calls each of the modules ``names`` with; those it never calls are left out."""
+    shadow = meta_copy(model).eval()
+    seen: dict[str, torch.Size] = {}
+
+    def see(name: str, args: tuple) -> None:
+        seen[name] = args[0].shape if args and isinstance(args[0], Tensor) else torch.Size()
+
+    for name in names:
+        shadow.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args))
+    dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
+    with torch.no_grad():
+        shadow(torch.empty((2, *size), device="meta", dtype=dtype))
+    return seen
+
+
+def uncalled_adapters(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
+    """Names of adapted layers that nothing calls, as timm reads some layers' weights directly: without effect."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    seen = inputs_of(model, size, adapted)
+    return [name for name in adapted if name not in seen]
