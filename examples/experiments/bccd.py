@@ -76,7 +76,7 @@ def train(variant: str, place: Place, output: Path, seed: int) -> Result:
 
     width, height = config.image_scale
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.backbone.eval()(torch.zeros(1, 3, height, width))
+        model.backbone.eval().requires_grad_(False)(torch.zeros(1, 3, height, width))
     return {
         "settings": {"config": CONFIGS[variant], "epochs": config.train_cfg.max_epochs, "image_scale": [width, height]},
         "epochs": len(loss),

@@ -126,7 +126,7 @@ class _TimmFeatures(BaseModule):
                 raise ValueError(f"no key in {checkpoint} begins with prefix={prefix!r}.")
         else:
             state_dict = self._convert(state_dict, reference)
-        own, known = self.model.state_dict(), reference.state_dict().keys()
+        own, known = self._expected(state_dict), reference.state_dict().keys()
         missing = [key for key in own if key not in state_dict]
         unexpected = [key for key in state_dict if key not in known]
         misshapen = [
@@ -140,7 +140,7 @@ class _TimmFeatures(BaseModule):
                 f"{describe_keys('unexpected', unexpected)}; {describe_keys('differently shaped', misshapen)}. "
                 "Check arch against what was trained."
             )
-        self.model.load_state_dict({key: state_dict[key] for key in own})
+        self.model.load_state_dict({**self.model.state_dict(), **{key: state_dict[key] for key in own}})
         print_log(f"{type(self).__name__}: loaded all {len(own)} entries from {checkpoint}", logger="current")
 
     def _reference_model(self) -> nn.Module:
@@ -150,6 +150,10 @@ class _TimmFeatures(BaseModule):
     def _convert(self, state_dict: dict[str, Tensor], reference: nn.Module) -> dict[str, Tensor]:
         """A classification checkpoint in the layout of ``reference``."""
         return state_dict
+
+    def _expected(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of the model the checkpoint ``state_dict``, in its layout, must hold: everything."""
+        return self.model.state_dict()
 
 
 class DynPerceiver(_TimmFeatures):
@@ -162,6 +166,9 @@ class DynPerceiver(_TimmFeatures):
     The checkpoint in ``init_cfg`` may be of this package, of a timm training run or in the authors' layout;
     ``timm://dynperceiver_regnety_800mf`` fetches the published weights of a model that has them. In training a batch
     norm that is not frozen needs more than one value per channel, as everywhere.
+
+    ``arch="dynperceiver", model_args=dict(backbone=NAME)`` is Dyn-Perceiver over any timm network with four stages;
+    the checkpoint may then hold the whole model or the plain network alone, and the latents' part starts anew.
 
     Args:
         arch: timm name of one of this package's Dyn-Perceivers, such as ``dynperceiver_regnety_1_6gf``.
@@ -203,6 +210,11 @@ class DynPerceiver(_TimmFeatures):
         model_args = dict(model_args or {})
         before_z2x = features == "before_z2x"
         model = timm.create_model(arch, num_classes=0, features_before_z2x=before_z2x, **model_args)
+        if hasattr(model, "backbone") and frozen_stages >= 0:
+            raise ValueError(
+                "over a given network frozen_stages has no meaning, as the network is one part: freeze all of it by "
+                "model_args=dict(freeze_backbone=True), or nothing by frozen_stages=-1."
+            )
         super().__init__(model, range(len(model.feature_info)), out_indices, frozen_stages, norm_eval, init_cfg)
         if not before_z2x and not last_z2x:
             self.model.stages[-1].keep_convolutions()
@@ -217,7 +229,20 @@ class DynPerceiver(_TimmFeatures):
         return timm.create_model(self.arch, num_classes=0, device="meta", **self._model_args)
 
     def _convert(self, state_dict: dict[str, Tensor], reference: nn.Module) -> dict[str, Tensor]:
-        return checkpoint_filter_fn(state_dict, reference)
+        if not hasattr(reference, "backbone"):
+            return checkpoint_filter_fn(state_dict, reference)
+        if "latent" in state_dict:
+            heads = ("heads.", "transfers.")
+            return {key: value for key, value in state_dict.items() if not key.startswith(heads)}
+        # Weights of the plain network, its classifier left out.
+        names = reference.backbone.state_dict().keys()
+        return {f"backbone.{key}": value for key, value in state_dict.items() if key in names}
+
+    def _expected(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = super()._expected(state_dict)
+        if hasattr(self.model, "backbone") and "latent" not in state_dict:
+            return {key: value for key, value in own.items() if key.startswith("backbone.")}
+        return own
 
 
 class TimmBackbone(_TimmFeatures):

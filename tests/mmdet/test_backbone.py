@@ -232,6 +232,30 @@ def test_weights_of_an_installed_package_go_in() -> None:
     torch.testing.assert_close(outputs(backbone, x), tuple(expected))
 
 
+def test_dynperceiver_over_a_network_takes_its_weights_or_all(tmp_path: Path) -> None:
+    plain = timm.create_model("resnet10t", num_classes=5)
+    whole = timm.create_model("dynperceiver", backbone="resnet10t", num_latents=16, latent_depths=(1, 1, 1, 1)).eval()
+    x = torch.randn(IMAGES)
+    model_args = dict(backbone="resnet10t", num_latents=16, latent_depths=(1, 1, 1, 1))
+    for source in (plain, whole):
+        torch.save(source.state_dict(), tmp_path / "weights.pth")
+        backbone = DynPerceiver("dynperceiver", model_args=model_args, init_cfg=pretrained(tmp_path / "weights.pth"))
+        latent = backbone.model.latent.detach().clone()
+        backbone.init_weights()
+        network = plain if source is plain else whole.backbone
+        assert torch.equal(backbone.model.backbone.conv1[0].weight, network.conv1[0].weight)
+        assert torch.equal(backbone.model.latent, latent if source is plain else whole.latent)
+    expected = whole.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(outputs(backbone, x), tuple(expected))
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="does not fit the backbone: .*backbone"):
+        DynPerceiver(
+            "dynperceiver", model_args=model_args, init_cfg=pretrained(tmp_path / "weights.pth")
+        ).init_weights()
+    with pytest.raises(ValueError, match=r"freeze all of it by model_args=dict\(freeze_backbone=True\)"):
+        DynPerceiver("dynperceiver", model_args=model_args, frozen_stages=1)
+
+
 def test_the_backbone_of_another_detector_goes_in(tmp_path: Path) -> None:
     source = DynPerceiver(SMALL, out_indices=(1, 2, 3), last_z2x=False)
     weights = {"backbone." + key: value for key, value in source.state_dict().items()}
