@@ -94,6 +94,8 @@ def find_family(model: nn.Module) -> Family:
     for family in FAMILIES:
         if family.accepts(model):
             return family
+    if isinstance(model, transformers.TimmWrapperForImageClassification):
+        return TimmFamily(model, "timm_model")
     if is_timm(model):
         return TimmFamily(model)
     known = "; ".join(("any timm classification model", *sorted(family.name for family in FAMILIES)))
@@ -216,3 +218,130 @@ class TransformersBeit(_TransformersFamily):
     def finish(self, model, state):
         body = self.body(model)
         return model.classifier(body.pooler(body.layernorm(state)))
+
+
+@register_family
+class TransformersDinov2WithRegisters(_TransformersFamily):
+    name = "transformers Dinov2WithRegistersForImageClassification"
+    classes = (transformers.Dinov2WithRegistersForImageClassification,)
+    layers = "encoder.layer"
+
+    def features(self, model, index, output, token):
+        first = 1 + model.config.num_register_tokens
+        return output[:, 0] if token == "cls" else output[:, first:].mean(1)
+
+    def finish(self, model, state):
+        x = self.body(model).layernorm(state)
+        return model.classifier(torch.cat([x[:, 0], self.features(model, 0, x, "mean")], dim=1))
+
+
+class _VisionTower(_TransformersFamily):
+    """The image half of a model of images and text, with a classifier on its patch tokens' mean."""
+
+    layers = "encoder.layers"
+
+    @staticmethod
+    def body(model: nn.Module) -> nn.Module:
+        return model.vision_model
+
+    def units(self, model):
+        return [f"vision_model.{self.layers}.{index}" for index in range(len(self.body(model).encoder.layers))]
+
+    def widths(self, model):
+        return [model.config.vision_config.hidden_size] * len(self.units(model))
+
+    def begin(self, model, x):
+        embeddings = self.body(model).embeddings
+        return embeddings(x.to(embeddings.patch_embedding.weight.dtype))
+
+    def run(self, model, index, state):
+        state = model.get_submodule(self.units(model)[index])(state, None)
+        return state, state
+
+
+@register_family
+class TransformersCLIP(_VisionTower):
+    name = "transformers CLIPForImageClassification"
+    classes = (transformers.CLIPForImageClassification,)
+
+    def begin(self, model, x):
+        return self.body(model).pre_layrnorm(super().begin(model, x))
+
+    def finish(self, model, state):
+        return model.classifier(self.features(model, 0, state, "mean"))
+
+
+@register_family
+class TransformersSiglip(_VisionTower):
+    name = "transformers SiglipForImageClassification"
+    classes = (transformers.SiglipForImageClassification,)
+    prefix_tokens = 0
+
+    def has_class_token(self, model):
+        return False
+
+    def finish(self, model, state):
+        return model.classifier(self.body(model).post_layernorm(state).mean(1))
+
+
+class _TransformersStages(_TransformersFamily):
+    """Hierarchical models: every stage's end is an exit, read by its mean over positions."""
+
+    unit = "stage"
+    interval = 1
+
+    def has_class_token(self, model):
+        return False
+
+
+@register_family
+class TransformersConvNext(_TransformersStages):
+    name = "transformers ConvNextForImageClassification"
+    classes = (transformers.ConvNextForImageClassification,)
+    layers = "encoder.stages"
+
+    def begin(self, model, x):
+        embeddings = self.body(model).embeddings
+        return embeddings(x.to(embeddings.patch_embeddings.weight.dtype))
+
+    def widths(self, model):
+        return list(model.config.hidden_sizes)
+
+    def features(self, model, index, output, token):
+        return output.mean((2, 3))  # (B, C, H, W)
+
+    def finish(self, model, state):
+        return model.classifier(self.body(model).layernorm(state.mean((2, 3))))
+
+
+@register_family
+class TransformersSwin(_TransformersStages):
+    """Positions stand in a row; the grid they come from is passed on as the shape of a tensor without elements."""
+
+    name = "transformers SwinForImageClassification"
+    classes = (transformers.SwinForImageClassification,)
+    layers = "encoder.layers"
+
+    def widths(self, model):
+        stages = self.body(model).encoder.layers
+        widths = [model.config.embed_dim * 2**index for index in range(len(stages))]
+        return [w * (1 if stage.downsample is None else 2) for w, stage in zip(widths, stages, strict=True)]
+
+    def begin(self, model, x):
+        embeddings = self.body(model).embeddings
+        tokens, grid = embeddings(x.to(embeddings.patch_embeddings.projection.weight.dtype))
+        return tokens, tokens.new_empty((len(tokens), 0, *grid))
+
+    def run(self, model, index, state):
+        tokens, grid = state
+        stage = self.body(model).encoder.layers[index]
+        tokens = stage(tokens, tuple(grid.shape[2:]))[0]
+        if stage.downsample is not None:
+            grid = grid.new_empty((len(tokens), 0, *((side + 1) // 2 for side in grid.shape[2:])))
+        return tokens, (tokens, grid)
+
+    def features(self, model, index, output, token):
+        return output.mean(1)
+
+    def finish(self, model, state):
+        return model.classifier(self.body(model).layernorm(state[0]).mean(1))

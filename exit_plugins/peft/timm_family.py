@@ -47,31 +47,38 @@ class TimmFamily(Family):
     runs are the network's own modules, by name, whatever wraps them by then.
 
     Args:
-        model: The network, without adapters.
+        model: The network, without adapters, or what wraps it.
+        place: Name of the network in ``model``; empty if it is the network.
 
     Raises:
         ValueError: The network cannot be traced, or has fewer than two places for exits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        if isinstance(model, MultiExit):
-            raise ValueError(f"{type(model).__name__} has exits of its own; adapt the network it is built over.")
+    def __init__(self, model: nn.Module, place: str = "") -> None:
+        self.place = f"{place}." if place else ""
+        net = self.net(model)
+        if isinstance(net, MultiExit):
+            raise ValueError(f"{type(net).__name__} has exits of its own; adapt the network it is built over.")
         self.prepare(model)
-        self.input_size = input_size(model)
-        cuts = find_cuts(model, self.input_size)
-        info = {entry["module"]: entry for entry in _feature_info(model) if "module" in entry}
-        stages = [c for c in cuts if c.name in info and not _is_stem(c.name, model.get_submodule(c.name))]
+        self.input_size = input_size(net)
+        cuts = find_cuts(net, self.input_size)
+        info = {entry["module"]: entry for entry in _feature_info(net) if "module" in entry}
+        stages = [c for c in cuts if c.name in info and not _is_stem(c.name, net.get_submodule(c.name))]
         if len(stages) < 2:
             stages, info = cuts, {}
         if len(stages) < 2:
-            raise ValueError(f"{type(model).__name__} has fewer than two places for exits.")
-        even = len({entry.get("reduction") for name, entry in info.items() if name in {c.name for c in stages}}) <= 1
+            raise ValueError(f"{type(net).__name__} has fewer than two places for exits.")
+        names = [cut.name for cut in stages]
+        even = len({entry.get("reduction") for name, entry in info.items() if name in names}) <= 1
         self.unit, self.interval = ("block", None) if even else ("stage", 1)
-        self.name = f"timm {type(model).__name__}"
-        self.split = Split(model, [cut.name for cut in stages], self.input_size)
-        self._opened = {
-            ".".join(parts[:count]) for cut in stages for parts in [cut.name.split(".")] for count in range(len(parts))
-        }
+        self.name = f"timm {type(net).__name__}"
+        self.split = Split(net, names, self.input_size)
+        parts = [name.split(".") for name in names]
+        self._opened = {".".join(part[:count]) for part in parts for count in range(len(part))}
+
+    def net(self, model: nn.Module) -> nn.Module:
+        """timm's own network in ``model``."""
+        return model.get_submodule(self.place[:-1])
 
     def accepts(self, model: nn.Module) -> bool:
         return is_timm(model)
@@ -83,32 +90,33 @@ class TimmFamily(Family):
                 module.qkv_bias_separate = True
 
     def units(self, model: nn.Module) -> list[str]:
-        return [cut.name for cut in self.split.cuts]
+        return [self.place + cut.name for cut in self.split.cuts]
 
     def widths(self, model: nn.Module) -> list[int]:
         return [cut.width for cut in self.split.cuts]
 
     def has_class_token(self, model: nn.Module) -> bool:
-        return getattr(model, "cls_token", None) is not None and all(any(c.prefix_tokens) for c in self.split.cuts)
+        token = getattr(self.net(model), "cls_token", None)
+        return token is not None and all(any(cut.prefix_tokens) for cut in self.split.cuts)
 
     def classifiers(self, model: nn.Module) -> list[str]:
-        return timm_classifiers(model)
+        return [self.place + name for name in timm_classifiers(self.net(model))]
 
     def begin(self, model: nn.Module, x: Tensor) -> Tensor:
         return x
 
     def run(self, model, index, state):
-        state = state if isinstance(state, tuple) else (state,)
-        if self._checkpoints(model):
-            output, state = checkpoint(self.split.run, model, index, state, use_reentrant=False)
+        net, state = self.net(model), state if isinstance(state, tuple) else (state,)
+        if self._checkpoints(net):
+            output, state = checkpoint(self.split.run, net, index, state, use_reentrant=False)
         else:
-            output, state = self.split.run(model, index, state)
+            output, state = self.split.run(net, index, state)
         return output, state[0] if len(state) == 1 else state  # most networks pass one tensor on: it is the state
 
-    def _checkpoints(self, model: nn.Module) -> bool:
+    def _checkpoints(self, net: nn.Module) -> bool:
         """Whether timm was told to trade computation for memory in a module that the segments replace, in training."""
-        told = any(getattr(model.get_submodule(name), "grad_checkpointing", False) for name in self._opened)
-        return told and model.training and torch.is_grad_enabled()
+        told = any(getattr(net.get_submodule(name), "grad_checkpointing", False) for name in self._opened)
+        return told and net.training and torch.is_grad_enabled()
 
     def features(self, model, index, output, token):
         return pool_features(output, self.split.cuts[index], token)

@@ -83,6 +83,51 @@ FAMILIES = {
 }
 
 
+def _registers():
+    config = transformers.Dinov2WithRegistersConfig(**HF, num_register_tokens=2, layerscale_value=0.5)
+    return transformers.Dinov2WithRegistersForImageClassification(config)
+
+
+def _tower(name):
+    """The vision tower alone of a model of images and text, for classification."""
+    config = getattr(transformers, f"{name}Config")(vision_config=HF | dict(initializer_range=0.1), num_labels=5)
+    return getattr(transformers, f"{name}ForImageClassification")(config)
+
+
+def _timm_wrapper():
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args={k: v for k, v in VIT.items() if k != "num_classes"},
+        num_labels=5,
+        do_pooling=False,
+    )
+    return transformers.TimmWrapperForImageClassification(config)
+
+
+HF_STAGES = dict(image_size=32, patch_size=2, depths=[1, 1, 2, 1], num_labels=5, initializer_range=0.1)
+FAMILIES |= {
+    "hf_dinov2_reg": (_registers, QKV, "fc2"),
+    "hf_clip": (lambda: _tower("CLIP"), QKV, "fc2"),
+    # SigLIP's pooling head, which its classifier does not read, has an fc1 too.
+    "hf_siglip": (lambda: _tower("Siglip"), r".*encoder.*\.(q_proj|k_proj|v_proj|fc1)", "fc2"),
+    "hf_swin": (
+        lambda: transformers.SwinForImageClassification(
+            transformers.SwinConfig(**HF_STAGES, embed_dim=16, num_heads=[1, 2, 2, 2], window_size=2)
+        ),
+        QKV,
+        "fc2",
+    ),
+    "hf_convnext": (
+        lambda: transformers.ConvNextForImageClassification(
+            transformers.ConvNextConfig(**HF_STAGES, hidden_sizes=[8, 16, 24, 32])
+        ),
+        ["pwconv1"],
+        "pwconv2",
+    ),
+    "hf_timm_wrapper": (_timm_wrapper, TIMM, "fc2"),
+}
+
+
 def make_backbone(name):
     """A backbone of the family in evaluation mode; the same weights at every call."""
     torch.manual_seed(0)

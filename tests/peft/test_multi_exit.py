@@ -28,7 +28,7 @@ def images():
     return make_images()
 
 
-STAGES = ("swin", "convnext", "convnext_conv_mlp")
+STAGES = ("swin", "convnext", "convnext_conv_mlp", "hf_swin", "hf_convnext")
 
 
 def dynamic(name, **kwargs):
@@ -55,9 +55,10 @@ def test_exits_are_those_of_the_backbones_own_forward(name, images, tmp_path):
         assert dyn.num_exits == len(exits) == len(units) == len(seen)
         torch.testing.assert_close(exits[-1], expected_last, atol=1e-5, rtol=1e-5)
         for index, features in enumerate(seen[:-1]):
+            features = features[0] if isinstance(features, tuple) else features
             if features.ndim == 4:
                 token = features.mean((1, 2) if name == "swin" else (2, 3))
-            elif name in ("augreg_mean", "siglip"):
+            elif name in ("augreg_mean", "siglip", "hf_siglip", "hf_swin"):
                 token = features.mean(1)
             else:
                 token = features[:, 0]
