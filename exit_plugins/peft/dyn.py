@@ -103,10 +103,12 @@ class DynPeftModel(ExitModel, PeftModel):
 
     @property
     def _active(self) -> str:
-        active = self.active_adapter
-        if isinstance(active, str):
-            return active
-        raise ValueError(f"exits belong to one adapter, and active are {list(active)}; call set_adapter(name).")
+        active = self.active_adapters
+        if len(active) == 1:
+            return active[0]
+        raise ValueError(
+            f"exits and the classifier belong to one adapter, and active are {list(active)}; call set_adapter(name)."
+        )
 
     @property
     def early_heads(self) -> nn.ModuleList:
@@ -315,6 +317,13 @@ class DynPeftModel(ExitModel, PeftModel):
         super().set_requires_grad(adapter_names, requires_grad)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self.exit_heads[name].requires_grad_(requires_grad)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Always raises ValueError: each adapter has a classifier and early heads of its own, which do not add up."""
+        raise ValueError(
+            "adapters cannot be added up here: each has a classifier and early heads of its own, and a sum of heads is "
+            "no head (PEFT refuses it for modules_to_save as well). Keep them apart and call set_adapter(name)."
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As ``PeftModel.delete_adapter``, early heads included."""

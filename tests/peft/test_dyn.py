@@ -146,6 +146,19 @@ def test_several_adapters_have_their_own_exits(tmp_path):
         torch.testing.assert_close(dyn(x), plain_logits(make_backbone("vit"), x))
 
 
+def test_what_several_adapters_cannot_do_together():
+    dyn, x = make(LoraConfig(target_modules=["qkv"])).eval(), make_images()
+    dyn.add_adapter("second", LoraConfig(target_modules=["qkv"]))
+    with pytest.raises(ValueError, match="cannot be added up.*set_adapter"):
+        dyn.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mean")
+    with pytest.raises(ValueError, match="(?s)got 2"):  # in PEFT's words: the classifier is one of modules_to_save
+        dyn.base_model.set_adapter(["default", "second"])
+    dyn.set_adapter("second")
+    assert len(dyn.forward_exits(x)) == 4
+    with pytest.raises(TypeError, match="adapter_names"):
+        dyn(x, adapter_names=["default", "second", "default"])
+
+
 def test_loading_is_strict(tmp_path):
     dyn = make()
     dyn.save_pretrained(tmp_path)
