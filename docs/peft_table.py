@@ -26,18 +26,18 @@ sys.path[:0] = [str(ROOT / "tests" / "peft"), str(ROOT / "tests" / "timm")]
 import any_adapted  # noqa: E402
 import peft_backbones  # noqa: E402
 
-# Title: (maker, layers, layers for methods that want square or equal ones).
+# Title: (maker, layers, layers for methods that want the same shape everywhere).
 BACKBONES = {
-    "timm ViT": (lambda: peft_backbones.make_backbone("vit"), ["qkv", "fc1"], ["proj"]),
-    "timm Swin": (lambda: peft_backbones.make_backbone("swin"), ["qkv", "fc1"], ["proj"]),
+    "timm ViT": (lambda: peft_backbones.make_backbone("vit"), ["qkv", "fc1"], ["fc2"]),
+    "timm Swin": (lambda: peft_backbones.make_backbone("swin"), ["qkv", "fc1"], ["fc2"]),
     "timm EfficientNet": (lambda: any_adapted.make_backbone("test_efficientnet"), ["conv_pwl"], ["conv_pwl"]),
     "transformers ViT": (
         lambda: peft_backbones.make_backbone("hf_vit"),
         ["q_proj", "k_proj", "v_proj", "fc1"],
-        ["o_proj"],
+        ["fc2"],
     ),
 }
-SQUARE = ("VERA", "PVERA", "RANDLORA", "FROD")
+ALIKE = ("VERA", "PVERA", "RANDLORA", "FROD")
 # What the smallness of these networks asks for, and what a method cannot do without.
 SETTINGS = {
     "ADALORA": dict(total_step=9),
@@ -57,11 +57,11 @@ SETTINGS = {
 
 def attempt(method: str, backbone: str) -> str:
     """What came of one method over one backbone, in a few words."""
-    make, layers, square = BACKBONES[backbone]
+    make, layers, alike = BACKBONES[backbone]
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method]]
     settings = dict(SETTINGS.get(method, {}))
     if "target_modules" in inspect.signature(config_class).parameters:
-        settings["target_modules"] = square if method in SQUARE else layers
+        settings["target_modules"] = alike if method in ALIKE else layers
     torch.manual_seed(0)
     try:
         config = config_class(**settings)
