@@ -357,7 +357,7 @@ def fuse_network(net: nn.Module, exit_names: Sequence[str]) -> None:
 
 def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:
     """Fold each batch norm into the convolution whose output it alone reads, as a trace shows; return ``net``."""
-    graph, calls = trace_network(meta_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False))
+    graph, calls, _ = trace_network(meta_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False))
     read_by_heads = {leaf.node for name in exit_names for leaf in tree_leaves(calls[name][0][0])}
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_module" and node.args else None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
@@ -132,6 +132,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.opens, self.must_open = opens, must_open
         self.calls: dict[str, list[tuple[Any, fx.Node]]] = {}
+        self.failures: dict[str, Exception] = {}
 
     def call_module(self, m, forward, args, kwargs):
         name = self.path_of_module(m)
@@ -139,9 +140,10 @@ class _Tracer(fx.Tracer):
         if self.opens(name, m):
             try:
                 output = forward(*args, **kwargs)
-            except Exception:
+            except Exception as error:
                 if self.must_open(name):
                     raise
+                self.failures[name.removeprefix("net.")] = error
                 for node in reversed(self.graph.nodes):
                     if node is last:
                         break
@@ -161,12 +163,26 @@ class _Tracer(fx.Tracer):
         return any(tensor is buffer for buffer in self.root.buffers())
 
 
+class Trace(NamedTuple):
+    """What a trace found.
+
+    Attributes:
+        graph: Its targets are names in the network.
+        calls: For each module that ran, one entry per call: what it returned (proxies) and the last node by then.
+        failures: Of each module that was to be opened and could not be traced, why.
+    """
+
+    graph: fx.Graph
+    calls: dict[str, list[tuple[Any, fx.Node]]]
+    failures: dict[str, Exception]
+
+
 def trace_network(
     shadow: nn.Module,
     opens: Callable[[str, nn.Module], bool],
     must_open: Callable[[str], bool] = lambda name: False,
     method: str = "forward",
-) -> tuple[fx.Graph, dict[str, list[tuple[Any, fx.Node]]]]:
+) -> Trace:
     """Trace ``shadow(images)`` in the mode it is in.
 
     Args:
@@ -175,10 +191,6 @@ def trace_network(
             cannot be traced stays one node.
         must_open: Given a module's name, whether the trace must fail with it instead.
         method: What of the network to trace.
-
-    Returns:
-        The graph, whose targets are names in ``shadow``, and for each module that ran a list with one entry per call:
-        what it returned (proxies) and the last node of the graph by then.
     """
 
     def stripped(name: str) -> str:
@@ -192,7 +204,16 @@ def trace_network(
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = stripped(node.target)
-    return graph, {stripped(name): calls for name, calls in tracer.calls.items()}
+    return Trace(graph, {stripped(name): calls for name, calls in tracer.calls.items()}, tracer.failures)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with new lists, tuples and dictionaries of the plain kinds."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) is tuple or isinstance(value, list):
+        return (tuple if isinstance(value, tuple) else list)(_plain(item) for item in value)
+    return value
 
 
 class _Profiler(fx.Interpreter):
@@ -208,6 +229,11 @@ class _Profiler(fx.Interpreter):
         with torch.no_grad(), self.counter:
             self.run(x)
 
+    def fetch_args_kwargs_from_env(self, n):
+        # As the generated code passes them: plain lists, which some modules change.
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
+
     def run_node(self, n):
         value = super().run_node(n)
         self.seen[n] = value
@@ -221,6 +247,11 @@ class _Profiler(fx.Interpreter):
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
     """The tensors a module returned, flat."""
     return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def copied(value: Any) -> Any:
+    """Tuples and lists anew, so that what a module puts into them does not reach the state."""
+    return pytree.tree_map(lambda leaf: leaf, value)
 
 
 def outline(x: Tensor) -> Tensor:
@@ -243,6 +274,11 @@ def number(outlined: Tensor, index: int) -> int:
     return outlined.shape[index + 2]
 
 
+def number_tuple(outlined: Tensor, index: int, count: int) -> tuple[int, ...]:
+    """The ``count`` sizes from ``index`` on."""
+    return tuple(outlined.shape[index + 2 : index + 2 + count])
+
+
 class _CannotCut(ValueError):
     pass
 
@@ -259,7 +295,7 @@ class _Analysis:
         method: str = "forward",
     ) -> None:
         self.shadow, self.input_size = shadow, tuple(input_size)
-        self.graph, self.calls = trace_network(shadow, opens, must_open, method)
+        self.graph, self.calls, self.failures = trace_network(shadow, opens, must_open, method)
         profilers = []
         dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
         for batch in _BATCHES:
@@ -419,7 +455,8 @@ class _Border:
             self.carried.append(node)
         else:
             first, second = (values[node] for values in analysis.values)
-            if type(first) is not int or first != second or first < 0:
+            sizes = first if isinstance(first, tuple) else (first,)
+            if first != second or not all(type(size) is int and size >= 0 for size in sizes):
                 raise _CannotCut(f"{user} reads {node} behind {self.name}, a number that samples share ({first!r})")
             self.sizes.append(node)
 
@@ -478,12 +515,21 @@ def _segment(analysis: _Analysis, before: _Border | None, after: _Border | None)
         start = before.end + 1
         for node in before.carried:
             new[node] = graph.placeholder(node.name)
+            if not isinstance(analysis.values[0][node], Tensor):
+                new[node] = graph.call_function(copied, (new[node],))
         for node in before.outlined:
             new[node] = graph.call_function(from_outline, (graph.placeholder(f"{node.name}_outline"),))
         if before.sizes:
             sizes = graph.placeholder("sizes")
-            for index, node in enumerate(before.sizes):
-                new[node] = graph.call_function(number, (sizes, index))
+            index = 0
+            for node in before.sizes:
+                value = analysis.values[0][node]
+                if isinstance(value, tuple):
+                    new[node] = graph.call_function(number_tuple, (sizes, index, len(value)))
+                    index += len(value)
+                else:
+                    new[node] = graph.call_function(number, (sizes, index))
+                    index += 1
         for node in nodes[:start]:
             if node in before.again:
                 new[node] = graph.node_copy(node, new.__getitem__)
@@ -507,7 +553,14 @@ def _segment(analysis: _Analysis, before: _Border | None, after: _Border | None)
         state += [graph.call_function(outline, (new[node],)) for node in after.outlined]
         if after.sizes:
             like = next(n for n in after.carried if isinstance(analysis.values[0][n], Tensor))
-            state.append(graph.call_function(numbers, (new[like], *(new[node] for node in after.sizes))))
+            sizes = []
+            for node in after.sizes:
+                value = analysis.values[0][node]
+                if isinstance(value, tuple):
+                    sizes += [graph.call_function(operator.getitem, (new[node], i)) for i in range(len(value))]
+                else:
+                    sizes.append(new[node])
+            state.append(graph.call_function(numbers, (new[like], *sizes)))
         graph.output((features, tuple(state)))
     graph.eliminate_dead_code(lambda node: node.op not in ("get_attr",) and not _is_pure(node))
     code = graph.python_code("self")
@@ -515,7 +568,7 @@ def _segment(analysis: _Analysis, before: _Border | None, after: _Border | None)
 
 
 def _is_pure(node: fx.Node) -> bool:
-    return node.target in (outline, from_outline, number, numbers, getattr, operator.getitem)
+    return node.target in (outline, from_outline, copied, number, number_tuple, numbers, getattr, operator.getitem)
 
 
 def is_layer(module: nn.Module, timm_layers: bool = True) -> bool:
@@ -562,11 +615,12 @@ def place_cuts(model: nn.Module, count: int, input_size: Sequence[int] | None = 
     Raises:
         ValueError: The network has fewer, or cannot be traced.
     """
-    cuts, total = _find_cuts(model, input_size, ())
+    cuts, total, failures = _find_cuts(model, input_size, ())
     if count > len(cuts):
+        reasons = "".join(f" {name} cannot be looked into: {error}." for name, error in list(failures.items())[:1])
         raise ValueError(
             f"{type(model).__name__} has {len(cuts)} places for early exits "
-            f"({', '.join(cut.name for cut in cuts) or 'none'}), and {count} were asked for."
+            f"({', '.join(cut.name for cut in cuts) or 'none'}), and {count} were asked for.{reasons}"
         )
     macs = {-1: 0.0} | {index: cut.macs for index, cut in enumerate(cuts)}
     # With the last of the cuts chosen so far at a key: the least sum of squares, and which were chosen.
@@ -584,8 +638,10 @@ def place_cuts(model: nn.Module, count: int, input_size: Sequence[int] | None = 
     return [cuts[index] for index in path]
 
 
-def _find_cuts(model: nn.Module, input_size: Sequence[int] | None, also: Sequence[str]) -> tuple[list[Cut], float]:
-    """The cuts, and the MACs of the whole network."""
+def _find_cuts(
+    model: nn.Module, input_size: Sequence[int] | None, also: Sequence[str]
+) -> tuple[list[Cut], float, dict[str, Exception]]:
+    """The cuts, the MACs of the whole network, and what of it cannot be traced."""
     shadow = meta_copy(model).eval()
     input_size = input_size or get_model_input_config(model)["input_size"]
     analysis = _analyse(shadow, input_size, lambda name, module: not is_layer(module))
@@ -619,7 +675,7 @@ def _find_cuts(model: nn.Module, input_size: Sequence[int] | None, also: Sequenc
     total = analysis.total_macs
     first = min((end for end, cut in found.items() if cut.name in stages), default=0)
     cuts = [cut for end, cut in sorted(found.items()) if cut.name in also or (end >= first and cut.macs < total)]
-    return cuts, total
+    return cuts, total, analysis.failures
 
 
 def _analyse(
