@@ -64,10 +64,11 @@ experiments experiments-small: install-all
 	$(BIN)/python examples/experiments/run.py --data $(EXPERIMENTS_DATA) --jobs $(JOBS) --only $(ONLY) \
 		$(if $(findstring small,$@),--small)
 
-# Two thousand damaged files of every kind, and thirty kills of every writer: half an hour of processor time or less.
+# Two thousand damaged files of every kind, and thirty kills of every writer and of training: half an hour of processor
+# time or less. TIMM_SCRIPTS=folder adds timm's train.py to what is killed.
 fuzz: install-all
 	$(BIN)/python tests/fuzz/fuzz.py --count 2000 --output docs/fuzz.json
-	CRASH_POINTS=30 $(BIN)/python -m pytest tests/exits/test_crash.py
+	CRASH_POINTS=30 $(BIN)/python -m pytest tests/exits/test_crash.py tests/exits/test_crash_training.py
 
 lint: install-all
 	$(BIN)/ruff check .

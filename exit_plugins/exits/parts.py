@@ -32,7 +32,7 @@ class Record(NamedTuple):
     prediction: np.ndarray  # (K, B) int64
     target: np.ndarray  # (B,) int64
     sample: np.ndarray  # (B,) uint64, digests of the inputs
-    shape: np.ndarray  # (channels, height, width) of one sample
+    shape: np.ndarray  # of one sample: (channels, height, width), or (frames, channels, height, width) of a clip
     logits: np.ndarray | None = None  # (K, B, C) float32
 
     def pack(self) -> bytes:
@@ -58,8 +58,8 @@ class Record(NamedTuple):
         logits = record.logits
         if (
             found != expected
-            or record.shape.shape != (3,)
             or record.shape.dtype != np.int64
+            or record.shape.ndim != 1
             or (logits is not None and (logits.dtype != np.float32 or logits.shape[:-1] != both))
         ):
             raise ValueError("a batch in it does not have the shape of this run's")

@@ -1,21 +1,19 @@
 """Every writer killed at thirty points, and on a full disk: nothing is lost, and a resumed run ends the same.
 
-A forked process runs the writer under a trace that counts lines of this package and kills the process, the hard way, at
-one of them; then the same work is done again in the ordinary way.
+What the writers are given is small; test_crash_training.py kills whole training runs.
 """
 
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from killing import count_lines, in_child, points
 from small_models import ConvExits
 from small_tables import costs_of, realistic_table
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,9 +22,7 @@ import exit_plugins
 from exit_plugins import ExitPolicy, ExitTable, collect_exits, solve_thresholds
 from exit_plugins.exits.export_folder import read_manifest, write_manifest, written_whole
 
-POINTS = int(os.environ.get("CRASH_POINTS", 0))
 SHORT = {"adapters": 4, "save_for_hf": 4}  # slow ones; the others always have all thirty
-HERE = str(Path(exit_plugins.__file__).parent)
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
@@ -126,50 +122,6 @@ WRITERS = {
 }
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Exit code of ``work`` in a forked process: 0, minus the signal that ended it, or 1 and 2 for errors."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except OSError:
-            os._exit(1)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(2)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def count_lines(work: Callable[[], Any], stop: int = 0) -> int:
-    """Run ``work`` and count the lines of the package it passes; at the line ``stop`` the process kills itself."""
-    seen = 0
-
-    def trace(frame, event, _):
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(HERE):
-            return None
-        if event == "line":
-            seen += 1
-            if seen == stop:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(None)
-    return seen
-
-
-def points(name: str, total: int) -> list[int]:
-    count = min(POINTS or SHORT.get(name, 30), total)
-    return sorted(np.random.default_rng(0).choice(np.arange(1, total + 1), count, replace=False).tolist())
-
-
 def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".*")]
 
@@ -182,7 +134,7 @@ def test_killed_anywhere_the_old_or_the_new_stands_there_whole(name, tmp_path):
     writer.write(tmp_path, 0)
     total = count_lines(lambda: writer.write(tmp_path, 1))
     assert writer.read(tmp_path) == 1
-    for stop in points(name, total):
+    for stop in points(total, SHORT.get(name, 30)):
         writer.write(tmp_path, 0)
         assert in_child(lambda stop=stop: count_lines(lambda: writer.write(tmp_path, 1), stop)) == -signal.SIGKILL
         assert writer.read(tmp_path) in (0, 1), stop
@@ -211,7 +163,7 @@ def test_on_a_full_disk_the_old_stays(name, size, tmp_path):
 def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path):
     expected = _collect(tmp_path, 1).digest()
     total = count_lines(lambda: _collect(tmp_path, 1))
-    for stop in points("collect", total):
+    for stop in points(total, 30):
         (tmp_path / "t.npz").unlink()
         assert in_child(lambda stop=stop: count_lines(lambda: _collect(tmp_path, 1), stop)) == -signal.SIGKILL
         assert _collect(tmp_path, 1).digest() == expected == ExitTable.load(tmp_path / "t.npz").digest()
