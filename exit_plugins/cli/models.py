@@ -19,12 +19,16 @@ from torch import nn
 from ..exits.policy import ExitPolicy
 from ..exits.protocol import check_multi_exit
 from ..exits.reading import reading
+from ..exits.schema import plain
 from ..exits.table import ExitTable
 from ..timm.data import ImageView, class_names, open_dataset
 from ..timm.images import input_config
 
 # What tables, policies and cards say of a model; where two speak, they must agree.
 _FACTS = ("architecture", "num_classes", "in_chans", "model_kwargs", "input_size", "classes")
+
+# Arguments that timm's cards say of every model, whether it was built with them or not.
+_ON_EVERY_CARD = ("global_pool", "img_size")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
@@ -129,13 +133,15 @@ def known_model(
     known: dict[str, Any] = dict.fromkeys(_FACTS)
     origin: dict[str, str] = {}
     for where, facts in said:
-        for key, value in _plain(_sorted_out(facts)).items():
+        for key, value in plain(_sorted_out(facts), where).items():
             if value is None:
                 continue
             if known[key] is None:
                 known[key], origin[key] = value, where
             elif key == "model_kwargs" and origin[key] == "the arguments" and known[key].items() <= value.items():
                 known[key] = value  # of many, one may be repeated
+            elif key == "model_kwargs" and _agree(known[key], value):
+                known[key] = known[key] | value
             elif known[key] != value:
                 other = "the model has" if origin[key] == "the arguments" else f"{origin[key]} is for"
                 raise ValueError(
@@ -144,6 +150,12 @@ def known_model(
                 )
     _settle_num_classes(known)
     return known
+
+
+def _agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether both build the same model; what timm writes into every card may be missing on the other side."""
+    different = {key for key in a | b if key not in a or key not in b or a[key] != b[key]}
+    return all(key in _ON_EVERY_CARD and not (key in a and key in b) for key in different)
 
 
 def _sorted_out(facts: dict[str, Any]) -> dict[str, Any]:
@@ -200,11 +212,6 @@ def _names_of(names: Any) -> list[str] | None:
     if isinstance(names, dict):
         names = [names[key] for key in sorted(names, key=int)]
     return [str(name) for name in names] if names else None
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would give it back: tuples are lists."""
-    return json.loads(json.dumps(value))
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Who is who: what a model is, which weights it has, which samples a table or a policy has seen."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .protocol import check_multi_exit
+from .schema import plain
 
 __all__ = ["SampleRecord", "describe_model", "sample_digests", "weights_digest"]
 
@@ -21,18 +23,35 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
     ``architecture``, ``num_exits``, ``num_classes`` and ``in_chans`` must be the same for a policy to run on it; None
     is "not known". ``model_kwargs`` is what the model was built with beyond those, where whoever built it left that in
-    ``model.model_kwargs``: with it ``timm.create_model(architecture, **model_kwargs)`` builds the model again.
+    ``model.model_kwargs`` or, as ``timm.create_model`` does, in ``model._model_args``: with it
+    ``timm.create_model(architecture, **model_kwargs)`` builds the model again. Dropout rates and where weights came
+    from are no part of it; None where an argument is nothing JSON can hold.
     """
     check_multi_exit(model)
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if hasattr(config, "get") else getattr(config, "architecture", None)
     return {
         "architecture": architecture or type(model).__name__,
-        "model_kwargs": getattr(model, "model_kwargs", None),
+        "model_kwargs": _model_kwargs(model),
         "num_exits": int(model.num_exits),
         "num_classes": int(getattr(model, "num_classes", 0) or 0) or None,
         "in_chans": _in_chans(model),
     }
+
+
+def _model_kwargs(model: nn.Module) -> dict[str, Any] | None:
+    said = getattr(model, "model_kwargs", None)
+    if said is not None:
+        return said
+    kept = vars(model).get("_model_args")  # its own: wrappers pass on what they wrap, which was built otherwise
+    if kept is None:
+        return None
+    # Said elsewhere, or without effect on what the model computes once it has its weights.
+    left_out = re.compile("num_classes|in_chans|pretrained.*|.*drop_rate|drop_(path|block)_rate")
+    try:
+        return plain({key: value for key, value in kept.items() if not left_out.fullmatch(key)}, "model_kwargs")
+    except (TypeError, ValueError):
+        return None
 
 
 def _in_chans(model: nn.Module) -> int | None:

@@ -151,3 +151,23 @@ def test_what_is_no_clip_is_refused(models):
         exit_costs(model, (3, 32, 32))
     with pytest.raises(ValueError, match=r"\(batch, frames, channels, height, width\)"):
         AdaptiveModel(model, ExitPolicy([0.5] * model.num_exits))(clips()[0])
+
+
+def test_a_table_of_clips_goes_on_from_its_part_file(tmp_path):
+    model = over_clips(settle(ConvExits(), clips().flatten(0, 1)), FRAMES)
+    data, part = TensorDataset(clips(12), torch.arange(12) % 5), tmp_path / "t.part"
+
+    class Interrupted(DataLoader):
+        def __iter__(self):
+            for index, batch in enumerate(super().__iter__()):
+                if index == 2:
+                    raise KeyboardInterrupt
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_exits(model, Interrupted(data, 4), part_file=part)
+    seen = part.stat().st_size
+    with CountedRows(model) as rows:
+        table = collect_exits(model, DataLoader(data, 4), part_file=part)
+    assert seen > 0 and rows.rows[0] == 4
+    assert table.digest() == collect_exits(model, DataLoader(data, 4)).digest()

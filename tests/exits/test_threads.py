@@ -1,6 +1,9 @@
 """One adaptive model, many threads, the policy swapped meanwhile: every call runs under one policy."""
 
 import threading
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from small_models import ConvExits, settle
 
 from exit_plugins import AdaptiveModel, ExitPolicy
 from exit_plugins.exits.confidence import confidence
+from exit_plugins.exits.export import export_segments
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +63,27 @@ def test_policy_swapped_in_mid_run_holds_from_the_next_call_on(case, count):
     assert seen == {0, 1, 2}
 
 
-def test_threads_that_swap_policies_get_the_answers_of_one(case):
+def runs(kind: str, model, policy: ExitPolicy, folder: Path) -> AdaptiveModel:
+    """The model in torch, compiled (captured graphs, no code generation) or exported; each warm."""
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        return export_segments(model, policy, folder / "export", (3, 16, 16))
+    if kind == "torch":
+        return AdaptiveModel(model, policy)
+    torch._dynamo.reset()
+    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+        compiled = AdaptiveModel(model, policy, compile=True)
+    for count in (1, 2, 5, 17):
+        for policy in (ExitPolicy([np.inf] * 3), ExitPolicy([1.0, 0.0, 0.0])):
+            compiled.policy = policy
+            compiled(torch.randn(count, 3, 16, 16))
+    return compiled
+
+
+@pytest.mark.parametrize("kind", ["torch", "compiled", "onnx"])
+def test_threads_that_swap_policies_get_the_answers_of_one(case, kind, tmp_path):
     model, images, policies, outputs = case
-    adaptive, stop, faults, calls = AdaptiveModel(model, policies[0]), threading.Event(), [], []
+    adaptive, stop, faults, calls = runs(kind, model, policies[0], tmp_path), threading.Event(), [], []
 
     def work(seed: int) -> None:
         rng = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, collect_exits, exit_costs, solve_thresholds
 from exit_plugins.cli import main
+from exit_plugins.exits.digests import describe_model, weights_digest
 from exit_plugins.timm import load_from_hf, save_for_hf
 
 
@@ -75,3 +76,39 @@ def test_the_command_line_takes_classes_and_channels_from_the_card(model, policy
     capsys.readouterr()
     assert main(words) == 0
     assert {row["label"] for row in json.loads(capsys.readouterr().out)} <= {"ant", "bee", "cow"}
+
+
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("msdnet_test", {}, {}),
+        ("msdnet_test", {"growth": 4, "drop_rate": 0.1}, {"growth": 4}),
+        ("dynperceiver_test", {"latent_depths": (1, 1, 1, 1), "fkt": False}, {"latent_depths": [1] * 4, "fkt": False}),
+        ("with_exits_test", {"train": "heads"}, {"train": "heads"}),
+        ("cascade_test", {}, {}),
+    ],
+)
+def test_a_policy_says_how_its_model_was_built(name, options, said, tmp_path):
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    described = describe_model(model)
+    assert said.items() <= described["model_kwargs"].items()
+    policy = ExitPolicy([0.9] * model.num_exits, model={**described, "weights": weights_digest(model)})
+    policy.save(tmp_path / "p.json")
+    kwargs = ExitPolicy.load(tmp_path / "p.json").model["model_kwargs"]
+    assert not {"num_classes", "drop_rate"} & kwargs.keys()
+    again = timm.create_model(described["architecture"], num_classes=3, **kwargs)
+    again.load_state_dict(model.state_dict())
+    # The card beside saved weights says more of the same model.
+    save_for_hf(model, tmp_path / "saved", policy=policy)
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(image)
+    words = ["predict", str(image), "--policy", str(tmp_path / "saved" / "policy.json")]
+    assert main([*words, "--checkpoint", str(tmp_path / "saved" / "model.safetensors")]) == 0
+    loaded, _ = load_from_hf(f"local-dir:{tmp_path / 'saved'}")
+    assert kwargs.items() <= describe_model(loaded)["model_kwargs"].items()
+
+
+def test_what_json_cannot_hold_is_not_known():
+    model = timm.create_model("msdnet_test", num_classes=3)
+    model._model_args["norm_layer"] = torch.nn.BatchNorm2d
+    assert describe_model(model)["model_kwargs"] is None

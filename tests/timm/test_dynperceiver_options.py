@@ -178,7 +178,16 @@ def test_every_option_trains_in_every_form(options, tmp_path):
     assert [logits.ndim for logits in model.forward_exits(x)] == [2] * model.num_exits
 
 
-@pytest.mark.parametrize("options", [ALL_OFF | dict(early_exits="feature"), dict(latent_branch=False)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ALL_OFF | dict(early_exits="feature"),
+        dict(early_exits="feature"),
+        dict(early_exits="none"),
+        dict(latent_branch=False),
+    ],
+    ids=str,
+)
 def test_segments_of_options_compile_and_export(options):
     check_compiled(timm.create_model("dynperceiver_test", num_classes=5, **options).eval())
 
