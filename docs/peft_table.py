@@ -50,6 +50,7 @@ SETTINGS = {
     "SHIRA": dict(r=4),
     "TRAINABLE_TOKENS": dict(token_indices=[0]),
     "VBLORA": dict(vector_length=8, num_vectors=8),
+    "WAVEFT": dict(n_frequency=200),
     "XLORA": dict(hidden_size=32, adapters={"a": "b"}),
     "CPT": dict(task_type="CAUSAL_LM"),
 }
