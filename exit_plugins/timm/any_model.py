@@ -106,7 +106,7 @@ class WithExits(MultiExit, nn.Module):
         backbone: The network.
         exits: How many exits there are, the last included, or the modules behind which the early ones stand, in the
             order they run (``["layer2", "layer3"]``, or one string with commas). A number places them where the
-            segments share the MACs most evenly, behind stages and blocks.
+            segments share the MACs most evenly, behind stages and blocks; 1 is the network alone.
         head: ``linear``, ``mlp`` or ``conv``, see ``EarlyHead``; or a function of the ``Cut`` and the number of classes
             that makes a module, called with the tuple of tensors which the module at the cut returned. It may have a
             method ``reset(num_classes, device, dtype)``; without one it is made anew for other classes.
@@ -382,9 +382,9 @@ def _place_exits(backbone: nn.Module, exits: int | str | Sequence[str]) -> tuple
         if not exits:
             raise ValueError("exits names no module; give at least one, or the number of exits.")
         return tuple(exits)
-    if exits < 2:
-        raise ValueError(f"exits counts all exits, the network's own head included: 2 or more, got {exits}.")
-    return tuple(cut.name for cut in place_cuts(backbone, exits - 1))
+    if exits < 1:
+        raise ValueError(f"exits counts all exits, the network's own head included: 1 or more, got {exits}.")
+    return tuple(cut.name for cut in place_cuts(backbone, exits - 1)) if exits > 1 else ()
 
 
 def _prefixed(names: Any) -> Any:

@@ -88,7 +88,7 @@ def test_exits_stand_where_they_are_named(resnet):
         (["layer3", "layer2"], "in the order they run: layer2, layer3"),
         (["layer2", "layer2"], "more than once"),
         ([], "names no module"),
-        (1, "2 or more"),
+        (0, "1 or more"),
         (99, "places for early exits .* and 98 were asked for"),
         (["layer3.0.conv1"], None),  # inside a block, beside the shortcut
     ],
@@ -120,6 +120,15 @@ def test_a_cut_that_parts_the_samples_is_refused():
 def test_arguments_that_do_not_fit_are_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         add_exits(timm.create_model(model), exits=3, **arguments)
+
+
+@torch.no_grad()
+def test_one_exit_is_the_network_alone(resnet):
+    model = add_exits(resnet, exits=1).eval()
+    assert model.num_exits == 1 and not len(model.heads)
+    (logits,) = model.forward_exits(images())
+    torch.testing.assert_close(logits, resnet(images()))
+    assert len(model.train()(images())) == 1
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
