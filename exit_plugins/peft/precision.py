@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 __all__ = ["check_mergeable", "halve_saved", "is_quantised", "single_saved"]
 
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -27,7 +29,13 @@ def check_mergeable(model: nn.Module, method: str) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        weight = getattr(layer.get_base_layer(), "weight", None)
+        base = layer.get_base_layer()
+        if isinstance(base, _STANDARDISED):
+            raise TypeError(
+                f"{method} cannot be merged into {name}: a {type(base).__name__} standardises its weight at every "
+                "call, the merged one as well, and would compute something else. Use the adapted model as it is."
+            )
+        weight = getattr(base, "weight", None)
         if not isinstance(weight, Tensor) or not is_quantised(weight):
             continue
         # The ordinary layers of a method stand in its module called layer; torchao's may lack what merging needs.

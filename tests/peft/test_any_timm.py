@@ -118,6 +118,16 @@ def test_a_classifier_that_is_no_plain_linear_layer():
     assert model.dyn_config["default"].num_classes == 5
 
 
+def test_merging_into_a_standardised_weight_is_refused():
+    model = any_adapted.adapt("test_nfnet")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(TypeError, match="standardises its weight at every call"):
+            model.merge_and_unload()
+        assert torch.equal(model(x), before)
+
+
 def test_what_cannot_be_cut_says_so():
     with pytest.raises(ValueError, match="exits of its own"):
         get_dyn_peft_model(timm.create_model("dynperceiver_test"), LoraConfig())
