@@ -1,5 +1,7 @@
 """Compiled segments: torch.compile once for every batch size, and CUDA graphs per segment and batch bucket."""
 
+import contextlib
+import threading
 import types
 from collections.abc import Callable
 
@@ -12,6 +14,9 @@ from .protocol import MultiExit, State, batch_size, check_multi_exit, map_state
 __all__ = ["CompiledSegments"]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # batch sizes a CUDA graph is captured at
+
+# Threads that compile one segment at the same time use up torch's recompile limit, and run uncompiled from then on.
+_COMPILING = threading.RLock()
 
 
 def _own_code(function: types.FunctionType, name: str) -> types.FunctionType:
@@ -43,6 +48,7 @@ class CompiledSegments(MultiExit, nn.Module):
         self.num_exits = model.num_exits
         self.num_classes = getattr(model, "num_classes", 0)
         self._segments = [self._compile(index) for index in range(self.num_exits)]
+        self._compiled: set[tuple[int, bool]] = set()  # segments, and whether of a single sample
         self._graphs: dict[tuple, _Graph] = {}
         self.eval()
 
@@ -78,7 +84,11 @@ class CompiledSegments(MultiExit, nn.Module):
                 torch._dynamo.maybe_mark_dynamic(leaf, 0)
             return leaf
 
-        return self._segments[index](map_state(mark, state))
+        kind = (index, batch_size(state) == 1)
+        with contextlib.nullcontext() if kind in self._compiled else _COMPILING:
+            answer = self._segments[index](map_state(mark, state))
+        self._compiled.add(kind)
+        return answer
 
     def _replay(self, index: int, state: State, leaves: list[Tensor], rows: int) -> tuple[Tensor, State]:
         bucket = next(size for size in BUCKETS if size >= rows)

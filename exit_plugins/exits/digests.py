@@ -139,6 +139,8 @@ class SampleRecord:
         count, digests, limit = value.get("count"), value.get("digests"), value.get("limit")
         if type(count) is not int or count < 0:
             raise ValueError(f"samples have a count, got {count!r}.")
+        if digests is not None and not isinstance(digests, list):
+            raise ValueError(f"samples have a list of digests, got {str(digests)[:40]!r}.")
         numbers = None if digests is None else np.array(sorted(map(_from_hex, digests)), dtype=np.uint64)
         return cls(count, numbers, None if limit is None else _from_hex(limit))
 
@@ -146,14 +148,14 @@ class SampleRecord:
         """How many of the digests ``sample`` (N,) are among these; an estimate where not all are kept."""
         if self.digests is None:
             return 0
-        if self.limit is None:
-            return int(np.isin(sample, self.digests).sum())
         seen = int(np.isin(sample, self.digests).sum())
+        if self.limit is None:
+            return seen
         kept = (self.limit + 1) / 2**64
         return min(len(sample), max(seen, round(seen / kept)))
 
 
 def _from_hex(text: Any) -> int:
-    if not isinstance(text, str) or len(text) != 16:
+    if not isinstance(text, str) or not re.fullmatch("[0-9a-f]{16}", text):
         raise ValueError(f"a sample's digest is 16 hexadecimal digits, got {str(text)[:40]!r}.")
     return int(text, 16)

@@ -175,7 +175,9 @@ def certify(
     Raises:
         ValueError: the path's last policy lets samples leave early, or it was solved on samples of ``table``.
     """
-    if len(path) and (path[-1].thresholds[:-1] != np.inf).any():
+    if len(path) == 0:
+        raise ValueError("a path needs at least one policy.")
+    if (path[-1].thresholds[:-1] != np.inf).any():
         raise ValueError("the path must end with the policy under which nobody leaves early; use policy_path(...).")
     if table.num_samples == 0:
         raise ValueError("the table holds no samples; nothing can be certified on it.")

@@ -674,6 +674,7 @@ def _model_of(table: ExitTable, model: nn.Module | dict[str, Any] | None) -> dic
         described = about.get("model")
     elif about.get("model") is not None:
         check_same_model(described, about["model"], "the table")
+        described = about["model"] | {key: value for key, value in described.items() if value is not None}
     if described is None:
         return None
     return {key: about[key] for key in ("weights", "input_size", "classes") if about.get(key) is not None} | described

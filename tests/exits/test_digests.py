@@ -145,3 +145,19 @@ def test_overlap_of_many_samples_is_estimated(shared):
 def test_record_that_makes_no_sense_is_refused(value):
     with pytest.raises(ValueError):
         SampleRecord.of_json(value)
+
+
+@pytest.mark.parametrize("digests", [5, "0" * 16, ["-" + "0" * 14 + "f"], ["0_" + "0" * 14], ["F" * 16]])
+def test_digests_that_are_none_are_refused_in_words(digests):
+    with pytest.raises(ValueError, match="digest"):
+        SampleRecord.of_json({"count": 1, "digests": digests, "limit": None})
+
+
+def test_a_policy_keeps_what_its_table_knows_and_the_given_model_does_not_say():
+    data = images(40)
+    model = ConvExits()
+    model.model_kwargs = {"num_classes": 5}
+    table = collect_exits(model, DataLoader(data, 8))
+    del model.model_kwargs
+    policy = solve_thresholds(table, costs_of(3), budget=2 * costs_of(3)[0], model=model)
+    assert policy.model["model_kwargs"] == {"num_classes": 5}
