@@ -455,7 +455,7 @@ class _Border:
             self.carried.append(node)
         else:
             first, second = (values[node] for values in analysis.values)
-            sizes = first if isinstance(first, tuple) else (first,)
+            sizes = first if isinstance(first, (tuple, list)) else (first,)
             if first != second or not all(type(size) is int and size >= 0 for size in sizes):
                 raise _CannotCut(f"{user} reads {node} behind {self.name}, a number that samples share ({first!r})")
             self.sizes.append(node)
@@ -524,8 +524,10 @@ def _segment(analysis: _Analysis, before: _Border | None, after: _Border | None)
             index = 0
             for node in before.sizes:
                 value = analysis.values[0][node]
-                if isinstance(value, tuple):
+                if isinstance(value, (tuple, list)):
                     new[node] = graph.call_function(number_tuple, (sizes, index, len(value)))
+                    if isinstance(value, list):
+                        new[node] = graph.call_function(list, (new[node],))
                     index += len(value)
                 else:
                     new[node] = graph.call_function(number, (sizes, index))
@@ -556,7 +558,7 @@ def _segment(analysis: _Analysis, before: _Border | None, after: _Border | None)
             sizes = []
             for node in after.sizes:
                 value = analysis.values[0][node]
-                if isinstance(value, tuple):
+                if isinstance(value, (tuple, list)):
                     sizes += [graph.call_function(operator.getitem, (new[node], i)) for i in range(len(value))]
                 else:
                     sizes.append(new[node])
@@ -617,7 +619,7 @@ def place_cuts(model: nn.Module, count: int, input_size: Sequence[int] | None = 
     """
     cuts, total, failures = _find_cuts(model, input_size, ())
     if count > len(cuts):
-        reasons = "".join(f" {name} cannot be looked into: {error}." for name, error in list(failures.items())[:1])
+        reasons = "".join(f" At {name}: {error}." for name, error in list(failures.items())[:1])
         raise ValueError(
             f"{type(model).__name__} has {len(cuts)} places for early exits "
             f"({', '.join(cut.name for cut in cuts) or 'none'}), and {count} were asked for.{reasons}"
@@ -641,7 +643,7 @@ def place_cuts(model: nn.Module, count: int, input_size: Sequence[int] | None = 
 def _find_cuts(
     model: nn.Module, input_size: Sequence[int] | None, also: Sequence[str]
 ) -> tuple[list[Cut], float, dict[str, Exception]]:
-    """The cuts, the MACs of the whole network, and what of it cannot be traced."""
+    """The cuts, the MACs of the whole network, and why there are none in what cannot be traced or cut."""
     shadow = meta_copy(model).eval()
     input_size = input_size or get_model_input_config(model)["input_size"]
     analysis = _analyse(shadow, input_size, lambda name, module: not is_layer(module))
@@ -662,6 +664,7 @@ def _find_cuts(
         return name not in also, name not in stages, name.count(".")
 
     found: dict[int, Cut] = {}
+    failures = dict(analysis.failures)
     for name in sorted((name for name in analysis.calls if name), key=rank):
         if not (name in also or name in stages or is_block(name)):
             continue
@@ -669,13 +672,15 @@ def _find_cuts(
             border = analysis.border(name)
             if border.end not in found and (border.narrow or name in also or name in stages):
                 found[border.end] = analysis.cut(name)
-        except _CannotCut:
+        except _CannotCut as error:
             if name in also:
                 raise
+            if name in stages:
+                failures.setdefault(name, error)
     total = analysis.total_macs
     first = min((end for end, cut in found.items() if cut.name in stages), default=0)
     cuts = [cut for end, cut in sorted(found.items()) if cut.name in also or (end >= first and cut.macs < total)]
-    return cuts, total, analysis.failures
+    return cuts, total, failures
 
 
 def _analyse(
@@ -730,9 +735,14 @@ class Split:
         opened = {".".join(parts[:count]) for parts in (n.split(".") for n in names) for count in range(len(parts))}
         self._segments: dict[bool, list[_Segment]] = {}
         for training in (True, False):
-            analysis = _analyse(
-                shadow.train(training), input_size, lambda name, _: name in opened, opened.__contains__, method
-            )
+            shadow.train(training)
+            try:
+                analysis = _analyse(shadow, input_size, lambda name, _: name in opened, opened.__contains__, method)
+            except ValueError:
+                # What the network itself does with a module's answer can ask for a look into that module.
+                analysis = _analyse(
+                    shadow, input_size, lambda _, module: not is_layer(module), opened.__contains__, method
+                )
             try:
                 borders = [analysis.border(name) for name in names]
             except _CannotCut as error:

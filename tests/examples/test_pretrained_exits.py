@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "pretrained_exits.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPT = EXAMPLES / "pretrained_exits.py"
 
 
 def test_pictures_become_a_measured_early_exit_classifier(tmp_path):
@@ -30,3 +33,18 @@ def test_pictures_become_a_measured_early_exit_classifier(tmp_path):
     assert report["exits"][-1]["accuracy"] == 1.0
     assert all(line["macs"] <= report["exits"][-1]["macs"] for line in report["adaptive"])
     assert len(report["adaptive"]) == 3 and all(line["images_per_second"] > 0 for line in report["adaptive"])
+
+
+@torch.no_grad()
+def test_exits_from_maps_that_are_there_are_the_models_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import pretrained_latents
+
+    small = dict(num_latents=16, latent_depths=(1, 1, 1, 1), num_classes=5, z2x=False)
+    model = timm.create_model("dynperceiver", backbone="test_resnet", **small).eval()
+    images = torch.randn(4, 3, 64, 64)
+    maps = [model.stem(images)]
+    for stage in model.stages:
+        maps.append(stage.convolve(maps[-1]))
+    found = pretrained_latents.exits(model, maps, torch.arange(4))
+    torch.testing.assert_close(found, model.forward_exits(images), rtol=0, atol=0)

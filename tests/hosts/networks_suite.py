@@ -40,15 +40,19 @@ def main(argv: list[str]) -> int:
     count = f"{right} of {len(rows)}"
     print(count)
     if args.write:
-        args.write.write_text(
-            f"# Exits on the networks of timm {timm.__version__}\n\n"
-            f"{count} model modules, the smallest network of each: with two early exits the last one gives the plain\n"
-            "network's answers, in evaluation and in training, with its gradients, and samples that leave at any exit\n"
-            "change nothing for the others (1e-5 of the largest value, batches of 1 and 5). Written by\n"
-            "`python tests/hosts/networks_suite.py --write docs/networks.md`.\n\n"
-            "| module | network | early exits |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-        )
+        write_table(args.write, rows, count)
     return 0 if right >= len(rows) - 2 else 1
+
+
+def write_table(path: Path, rows: list[str], count: str) -> None:
+    path.write_text(
+        f"# Exits on the networks of timm {timm.__version__}\n\n"
+        f"{count} model modules, the smallest network of each: with two early exits the last one gives the plain\n"
+        "network's answers, in evaluation and in training, with its gradients, and samples that leave at any exit\n"
+        "change nothing for the others (1e-5 of the largest value, batches of 1 and 5). Written by\n"
+        "`python tests/hosts/networks_suite.py --write docs/networks.md`.\n\n"
+        "| module | network | early exits |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ SHRUNK = {
     "gemma4_vit": dict(_SHORT_VIT, img_size=192),
     "naflexvit": _SHORT_VIT,
     "qwen3_vit": dict(_SHORT_VIT, img_size=192),
-    "vgg": dict(num_features=256),
+    "vgg": dict(mlp_ratio=0.05),
     "vision_transformer_sam": dict(_SHORT_VIT, global_attn_indexes=(1, 3)),
 }
 
