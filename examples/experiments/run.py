@@ -26,7 +26,7 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 from base import ROOT, Experiment, Place, Run  # noqa: E402
-from report import write_report  # noqa: E402
+from results_page import write_report  # noqa: E402
 
 EXPERIMENTS = ("lite0", "branches", "components", "dvt", "multiscale", "motion", "bccd")
 
