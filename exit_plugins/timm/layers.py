@@ -238,15 +238,18 @@ class FusedBlock(FusedLayer):
             raise ValueError(f"cannot fuse a transformer block with {', '.join(unknown) or 'this activation'}.")
         self.num_heads = attn.num_heads
         self.width = attn.qkv.in_features
-        self.eps1, self.eps2 = block.norm1.eps, block.norm2.eps
+        self.eps2 = block.norm2.eps
         # A temporal shift is a hook on the attention: it stands between the norm and the projection, which then cannot
         # be folded into one.
-        self.hooked = len(attn._forward_pre_hooks) > 0
-        if self.hooked:
-            self.norm1, self.enter = block.norm1, nn.Identity()
-            self.enter._forward_pre_hooks.update(attn._forward_pre_hooks)
+        hooked = len(attn._forward_pre_hooks) > 0
+        if hooked:
+            shift = nn.Identity()
+            shift._forward_pre_hooks.update(attn._forward_pre_hooks)
+            self.enter: nn.Module = nn.Sequential(block.norm1, shift)
+        else:
+            self.enter = nn.LayerNorm(self.width, eps=block.norm1.eps, elementwise_affine=False)
         self._register(
-            qkv=transposed(attn.qkv) if self.hooked else fold_layer_norm(block.norm1, attn.qkv),
+            qkv=transposed(attn.qkv) if hooked else fold_layer_norm(block.norm1, attn.qkv),
             proj=transposed(attn.proj),
             fc1=fold_layer_norm(block.norm2, mlp.fc1),
             fc2=transposed(mlp.fc2),
@@ -255,8 +258,7 @@ class FusedBlock(FusedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) to tokens (B, N, C)."""
         batch, tokens, width = x.shape
-        normed = self.enter(self.norm1(x)) if self.hooked else F.layer_norm(x, [self.width], eps=self.eps1)
-        qkv = project(normed, self.qkv_weight, self.qkv_bias)
+        qkv = project(self.enter(x), self.qkv_weight, self.qkv_bias)
         q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = add_residual(x, project(attended, self.proj_weight, self.proj_bias))
