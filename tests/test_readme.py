@@ -22,7 +22,7 @@ def test_nothing_is_used_undefined():
 
 def test_the_way_to_a_policy_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, choose = snippets()[0], next(text for text in snippets() if "solve_thresholds" in text)
+    first, choose = snippets()[0], next(text for text in snippets() if "policy_path" in text)
     # A smaller network of the same kind, and its size.
     first = first.replace("dynperceiver_regnety_400mf", "dynperceiver_test").replace("224", "64")
     names: dict = {}
