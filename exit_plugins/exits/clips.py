@@ -15,7 +15,7 @@ from .protocol import MultiExit, State, map_state
 __all__ = ["FrameNetwork", "frames_of", "over_clips", "sample_size"]
 
 
-def over_clips(model: nn.Module, num_frames: int) -> nn.Module:
+def over_clips(model: nn.Module, num_frames: int, keep_forward: bool = False) -> nn.Module:
     """Let an image network take clips (B, ``num_frames``, C, H, W): change ``model`` in place and return it.
 
     At each exit the clip's logits are the mean of its frames' logits: the consensus of TSM, which Dyn-Perceiver
@@ -26,14 +26,20 @@ def over_clips(model: nn.Module, num_frames: int) -> nn.Module:
     ``torch.nn.utils.parametrize`` the module's class becomes a subclass of what it was. All it has besides the
     protocol and ``forward`` goes on taking frames, clip after clip in the batch.
 
+    Args:
+        model: a multi-exit module, or a classifier.
+        num_frames: T.
+        keep_forward: its own ``forward`` asks ``forward_exits`` for the answers, and stays.
+
     Raises:
         ValueError: ``num_frames`` is not a positive number, or the model takes clips already.
     """
     if not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"num_frames must be a positive number of frames, got {num_frames!r}.")
-    if isinstance(model, _Clips):
-        raise ValueError(f"{type(model).__name__} takes clips of {model.num_frames} frames already.")
-    model.__class__ = _clip_class(type(model))
+    if getattr(model, "sample_ndim", 3) != 3:
+        frames = f" of {model.num_frames} frames" if isinstance(model, _Clips) else ""
+        raise ValueError(f"{type(model).__name__} takes clips{frames} already.")
+    model.__class__ = _clip_class(type(model), keep_forward)
     model.num_frames = num_frames
     return model
 
@@ -69,14 +75,10 @@ class _Clips:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time: copies and pickles name the one it was made from.
-        return _bare, (type(self).__bases__[1],), self.__dict__
+        return _bare, (type(self).__bases__[1], not isinstance(self, _WithForward)), self.__dict__
 
 
 class _ClipExits(_Clips):
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Clips (B, T, C, H, W) to the last exit's logits in evaluation, to the tuple of every exit's in training."""
-        return MultiExit.forward(self, x)
-
     def begin_exits(self, x: Tensor) -> State:
         """State before the first segment, from clips (B, T, C, H, W)."""
         return self._clips(super().begin_exits(frames_of(self._check(x))))
@@ -85,6 +87,14 @@ class _ClipExits(_Clips):
         """Consensus logits (B, num_classes) of exit ``index``, and the next state, every leaf (B, T, ...)."""
         logits, state = super().forward_exit(index, map_state(frames_of, state))
         return logits.unflatten(0, (-1, self.num_frames)).mean(1), self._clips(state)
+
+
+class _WithForward(_ClipExits):
+    """The classes whose image network's forward went another way than the protocol."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Clips (B, T, C, H, W) to the last exit's logits in evaluation, to the tuple of every exit's in training."""
+        return MultiExit.forward(self, x)
 
 
 class _ClipNetwork(_Clips):
@@ -132,13 +142,13 @@ class FrameNetwork(MultiExit, nn.Module):
 
 
 @cache
-def _clip_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _clip_class(cls: type[nn.Module], keep_forward: bool = False) -> type[nn.Module]:
     has_exits = hasattr(cls, "begin_exits") and hasattr(cls, "forward_exit")
-    bases = (_ClipExits if has_exits else _ClipNetwork, cls)
-    return type(f"Clip{cls.__name__}", bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    mixin = (_ClipExits if keep_forward else _WithForward) if has_exits else _ClipNetwork
+    return type(f"Clip{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _bare(cls: type[nn.Module]) -> nn.Module:
+def _bare(cls: type[nn.Module], keep_forward: bool) -> nn.Module:
     """An instance of the clip class of ``cls`` without attributes yet."""
-    made = _clip_class(cls)
+    made = _clip_class(cls, keep_forward)
     return made.__new__(made)

@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..exits import MultiExitLoss
+from ..exits.clips import over_clips
 from ..exits.files import atomic_folder
 from .card import update_card
 from .dyn_config import DynConfig
@@ -94,6 +95,8 @@ class DynPeftModel(ExitModel, PeftModel):
         self._led, self._masked, self._steps_seen = False, False, 0
         self._add_exits(adapter_name, dyn_config, exit_after, autocast_adapter_dtype)
         self._weigh_exits()
+        if dyn_config.num_frames is not None:
+            over_clips(self, dyn_config.num_frames, keep_forward=True)
 
     # The exits of the active adapter
 
@@ -291,6 +294,11 @@ class DynPeftModel(ExitModel, PeftModel):
     ) -> None:
         """As ``PeftModel.add_adapter``; ``dyn_config`` says its exits, by default the active adapter's."""
         dyn_config = dyn_config or self.dyn_config[self._active]
+        if dyn_config.num_frames != getattr(self, "num_frames", None):
+            raise ValueError(
+                f"the model takes {getattr(self, 'num_frames', None) or 'no'} frames and this adapter's num_frames is "
+                f"{dyn_config.num_frames}; all adapters of one model take the same samples."
+            )
         _check_method(peft_config)
         exit_after = _check_backbone(self.backbone, self.family, dyn_config)
         widen_classifiers(self.backbone, self.family.classifiers(self.backbone), dyn_config.last_head_width)
@@ -338,10 +346,12 @@ class DynPeftModel(ExitModel, PeftModel):
     ) -> MultiExitBackbone:
         """Fold the adapter into the backbone and return a plain multi-exit module, with nothing of PEFT left in it."""
         heads, exit_after, token, training = self.early_heads, self.exit_after, self.token, self.training
+        num_frames = self.dyn_config[self._active].num_frames
         check_mergeable(self.backbone, self.active_peft_config.peft_type.value)
         backbone = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
         halve_saved(backbone)
-        return MultiExitBackbone(backbone, heads, exit_after, token, self.family).train(training)
+        merged = MultiExitBackbone(backbone, heads, exit_after, token, self.family).train(training)
+        return over_clips(merged, num_frames, keep_forward=True) if num_frames else merged
 
     # Files
 
@@ -473,6 +483,7 @@ def get_dyn_peft_model(
     dyn_config: DynConfig | None = None,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
+    num_frames: int | None = None,
 ) -> DynPeftModel:
     """Adapt a pretrained classifier by any PEFT method and give it early exits (Dyn-Adapter, arXiv:2407.14302).
 
@@ -486,12 +497,17 @@ def get_dyn_peft_model(
         dyn_config: Exits and training; ``DynConfig()`` if left out.
         adapter_name: Name of the adapter.
         autocast_adapter_dtype: Keep adapters of a half-precision model in single precision.
+        num_frames: Samples are clips (B, T, C, H, W) of so many frames, seen as one batch of images, and each exit
+            answers with the mean over them (table 7 takes 8 frames and does not say how the backbone sees them).
+            A transformers VideoMAE takes clips by itself, as joint tokens of two frames.
 
     Raises:
         TypeError: the model is neither timm's nor of a known family, or the method wraps no layers.
         ValueError: the model cannot be cut, the interval does not divide the depth, the classifier has another number
             of classes, no module is called as ``target_modules`` says, or the model never calls one that is.
     """
+    if num_frames is not None:
+        dyn_config = replace(dyn_config or DynConfig(), num_frames=num_frames)
     return DynPeftModel(
         model,
         copy.deepcopy(peft_config),

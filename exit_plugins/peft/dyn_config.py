@@ -49,6 +49,8 @@ class DynConfig:
         mask_scope: What is masked: ``"all"``, ``"adapters"`` or ``"heads"``.
         mask_seed: Seed of the masks.
         label_smoothing: Of the loss at every exit.
+        num_frames: Samples are clips of so many frames, which the backbone sees as images; each exit answers with the
+            mean of its frames' logits. Left out: samples are what the backbone takes.
     """
 
     exit_interval: int | None = None
@@ -65,6 +67,7 @@ class DynConfig:
     mask_scope: str = "all"
     mask_seed: int = 0
     label_smoothing: float = 0.0
+    num_frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.token not in (None, "cls", "mean"):

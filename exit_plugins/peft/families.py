@@ -22,11 +22,13 @@ class Family(ABC):
 
     Attributes:
         name: what the family is called in messages.
+        sample_ndim: dimensions of a sample, 3 for images (C, H, W) and 4 for clips (T, C, H, W).
         unit: ``"block"`` or ``"stage"``.
         interval: units per exit where nothing is said; None for a quarter of the units.
     """
 
     name: str
+    sample_ndim = 3
     unit = "block"
     interval: int | None = None
 
@@ -345,3 +347,26 @@ class TransformersSwin(_TransformersStages):
 
     def finish(self, model, state):
         return model.classifier(self.body(model).layernorm(state[0]).mean(1))
+
+
+@register_family
+class TransformersVideoMAE(_TransformersFamily):
+    """Clips (B, T, C, H, W) as joint tokens, each of a patch of two frames; without a class token."""
+
+    name = "transformers VideoMAEForVideoClassification"
+    classes = (transformers.VideoMAEForVideoClassification,)
+    layers = "encoder.layer"
+    sample_ndim = 4
+    prefix_tokens = 0
+
+    def has_class_token(self, model):
+        return False
+
+    def begin(self, model, x):
+        embeddings = self.body(model).embeddings
+        return embeddings(x.to(embeddings.patch_embeddings.projection.weight.dtype), None)
+
+    def finish(self, model, state):
+        norm = self.body(model).layernorm
+        state = state if norm is None else norm(state)
+        return model.classifier(state[:, 0] if model.fc_norm is None else model.fc_norm(state.mean(1)))

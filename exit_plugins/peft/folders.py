@@ -148,6 +148,7 @@ def save_merged(
         "token": model.token,
         "widths": [head.width for head in heads],
         "hidden_widths": [head.hidden for head in heads],
+        "num_frames": getattr(model, "num_frames", None),
     }
     with atomic_folder(save_directory) as folder:
         if isinstance(backbone, PreTrainedModel):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, PushToHubMixin
 
 from ..exits import MultiExit
+from ..exits.clips import over_clips
 from .card import update_card
 from .families import Family, find_family
 from .folders import load_merged, save_merged
@@ -159,6 +160,10 @@ class ExitModel(MultiExit):
     @property
     def num_exits(self) -> int:
         return len(self.exit_after)
+
+    @property
+    def sample_ndim(self) -> int:
+        return self.family.sample_ndim
 
     @property
     def last_head_width(self) -> int:
@@ -389,4 +394,6 @@ class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
         )
         merged = cls(backbone, early, record["exit_after"], record["token"], family)
         early.to(next(backbone.parameters()).device, next(iter(heads.values())).dtype).load_state_dict(heads)
+        if record.get("num_frames"):
+            over_clips(merged, record["num_frames"], keep_forward=True)
         return merged.eval()
