@@ -29,3 +29,10 @@ def test_the_way_to_a_policy_runs(tmp_path, monkeypatch):
     exec(compile(first + choose, "README.md", "exec"), names)
     assert names["policy"].max_exit == 2 and names["safe"].certificate["samples"]["count"] == len(names["apart"])
     assert (tmp_path / "policy.json").is_file() and not (tmp_path / "val.part").exists()
+
+
+def test_the_shipped_network_answers_as_it_says(capsys):
+    first, shipped = snippets()[0], next(text for text in snippets() if "shipped_policy" in text)
+    exec(compile(first.replace("dynperceiver_regnety_400mf", "dynperceiver_test") + shipped, "README.md", "exec"), {})
+    said = re.search(r"It prints `(.*)`", README.read_text(encoding="utf-8")).group(1)
+    assert capsys.readouterr().out.strip() == said

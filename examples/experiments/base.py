@@ -33,6 +33,9 @@ from exit_plugins.exits.risk import certify  # noqa: E402
 from exit_plugins.exits.thresholds import policy_path  # noqa: E402
 from exit_plugins.timm.weights import packaged_weights  # noqa: E402
 
+# Options of train_cifar.py that leave only crops and mirrors of its augmentation: schedules are too short for more.
+CROPS_AND_MIRRORS = {"mixup": 0, "cutmix": 0, "smoothing": 0, "randaug": 0, "reprob": 0, "ema-decay": 0}
+
 Result = dict[str, Any]
 Analysis = Callable[[ExitTable, np.ndarray], Any]
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from base import Experiment, Result, Run, Training, by_variant, exits_table, paired, percent, verdict
+from base import CROPS_AND_MIRRORS, Experiment, Result, Run, Training, by_variant, exits_table, paired, percent, verdict
 
 OPTIONS = {
+    **CROPS_AND_MIRRORS,
     "input-size": 48,  # the fourth stage's map is then 2 x 2
     "samples": 20_000,
     "epochs": 20,
@@ -13,12 +14,6 @@ OPTIONS = {
     "lr": 2e-3,
     "weight-decay": 0.05,
     "warmup-epochs": 2,
-    "mixup": 0,
-    "cutmix": 0,
-    "smoothing": 0,
-    "randaug": 0,
-    "reprob": 0,
-    "ema-decay": 0,
 }
 VARIANTS = {
     "classification": {},

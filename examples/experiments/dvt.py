@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from base import (
+    CROPS_AND_MIRRORS,
     Experiment,
     Result,
     Run,
@@ -25,6 +26,7 @@ from exit_plugins import ExitTable
 # layers are plain patches: T2T's unfolding costs more than the rest at this size.
 MODEL = {"tokens": "patch", "token_grids": "(3,4,6)"}
 OPTIONS = {
+    **CROPS_AND_MIRRORS,
     "exit-loss": "dvt",
     "epochs": 8,
     "batch-size": 128,
@@ -32,12 +34,6 @@ OPTIONS = {
     "lr": 1e-3,
     "weight-decay": 0.05,
     "warmup-epochs": 1,
-    "mixup": 0,
-    "cutmix": 0,
-    "smoothing": 0,
-    "randaug": 0,
-    "reprob": 0,
-    "ema-decay": 0,
 }
 VARIANTS = {
     "both": {},

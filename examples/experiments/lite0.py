@@ -8,10 +8,23 @@ ImageNet weights and train by one recipe.
 from pathlib import Path
 
 import numpy as np
-from base import Experiment, Result, Run, Training, budgets, by_variant, draw_budgets, exits_table, percent, verdict
+from base import (
+    CROPS_AND_MIRRORS,
+    Experiment,
+    Result,
+    Run,
+    Training,
+    budgets,
+    by_variant,
+    draw_budgets,
+    exits_table,
+    percent,
+    verdict,
+)
 
 NETWORK = "tf_efficientnet_lite0"
 OPTIONS = {
+    **CROPS_AND_MIRRORS,
     "epochs": 30,
     "batch-size": 32,
     "opt": "adamw",
@@ -19,12 +32,7 @@ OPTIONS = {
     "layer-decay": 0.8,  # the nearer to the image, the less there is to learn anew
     "weight-decay": 0.05,
     "warmup-epochs": 3,
-    "mixup": 0,
-    "cutmix": 0,
     "smoothing": 0.1,
-    "randaug": 0,
-    "reprob": 0,
-    "ema-decay": 0,
 }
 SIZES = (160, 96, 64, 128, 224)
 

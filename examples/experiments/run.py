@@ -1,7 +1,7 @@
 """Run the experiments that are missing, and write docs/results.md from those that are there.
 
     python examples/experiments/run.py                           # whatever has no result yet, one run after the other
-    python examples/experiments/run.py --only dvt multiscale/msdnet_cifar_batch-s0
+    python examples/experiments/run.py --only dvt chase/msdnet_cifar_batch-s0
     python examples/experiments/run.py --jobs 2                  # two side by side, one thread each
     python examples/experiments/run.py --small                   # a hundredth of the data, in minutes: does it run?
     python examples/experiments/run.py --list | --report
@@ -28,7 +28,7 @@ if str(HERE) not in sys.path:
 from base import ROOT, Experiment, Place, Run  # noqa: E402
 from results_page import write_report  # noqa: E402
 
-EXPERIMENTS = ("lite0", "branches", "components", "dvt", "multiscale", "motion", "bccd")
+EXPERIMENTS = ("lite0", "branches", "components", "dvt", "chase", "motion", "bccd")
 
 # One thread a run, and a C library that keeps freed memory: activations are asked for anew at every step, and giving
 # them back to the system in between takes a quarter of the time.

@@ -1,6 +1,6 @@
 """Put a trained run into the package, and check what is there against its card, to the image.
 
-    python examples/experiments/ship.py multiscale/msdnet_cifar_batch-s0 --as msdnet_cifar_batch.cifar100
+    python examples/experiments/ship.py chase/msdnet_cifar_batch-s0 --as msdnet_cifar_batch.cifar100
     python examples/experiments/ship.py --check msdnet_cifar_batch.cifar100 --data datasets
 
 The weights are stored in half precision; every figure of the card is of those. The policy is solved on a random half of
@@ -43,11 +43,17 @@ def collected(model: nn.Module, folder: Path) -> tuple[ExitTable, tuple[str, ...
 
 def figures(model: nn.Module, table: ExitTable, policy) -> dict:
     """Counts and shares that ``--check`` must find again exactly."""
-    half = evaluate_policy(policy, table.split(0.5, SEED)[1])
+    rest = table.split(0.5, SEED)[1]
+    half = evaluate_policy(policy, rest)
     return {
         "test_images": len(table),
         "right": table.correct.sum(1).tolist(),
-        "policy": {"test_images": len(half.exits), "accuracy": half.accuracy, "cost": half.cost},
+        "policy": {
+            "test_images": len(rest),
+            "accuracy": half.accuracy,
+            "last_exit_accuracy": float(rest.correct[-1].mean()),
+            "cost": half.cost,
+        },
     }
 
 

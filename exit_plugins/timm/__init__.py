@@ -14,8 +14,17 @@ if [int(part) for part in re.findall(r"\d+", timm.__version__)[:3]] < [1, 0, 31]
     )
 
 from ._cards import load_from_hf, model_card, save_for_hf
+from ._shipped import list_shipped, shipped_policy
 
-__all__ = ["ARCHITECTURES", "list_models", "load_from_hf", "model_card", "save_for_hf"]
+__all__ = [
+    "ARCHITECTURES",
+    "list_models",
+    "list_shipped",
+    "load_from_hf",
+    "model_card",
+    "save_for_hf",
+    "shipped_policy",
+]
 
 # What is no architecture.
 _SHARED = {

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
 from ._checkpoints import build_with_checkpoint, unwrap_state_dict
+from ._shipped import shipped_weights
 from .layers import check_image, fuse_convolutions
 
 __all__ = ["MSDNet"]
@@ -719,6 +720,9 @@ default_cfgs = generate_default_cfgs(
     {
         "msdnet_cifar_anytime.untrained": cifar_cfg(7, "stem.finest.0.conv"),
         "msdnet_cifar_batch.untrained": cifar_cfg(5, "stem.finest.0.conv"),
+        "msdnet_cifar_batch.cifar100": cifar_cfg(
+            5, "stem.finest.0.conv", file=shipped_weights("msdnet_cifar_batch.cifar100")
+        ),
         "msdnet_step4.untrained": imagenet_cfg(5, "stem.finest.0.conv", pool_size=(2, 2)),
         "msdnet_step6.untrained": imagenet_cfg(5, "stem.finest.0.conv", pool_size=(2, 2)),
         "msdnet_step7.untrained": imagenet_cfg(5, "stem.finest.0.conv", pool_size=(2, 2)),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from base import (
+    CROPS_AND_MIRRORS,
     Experiment,
     Result,
     Run,
@@ -20,6 +21,7 @@ from base import (
 
 # One cycle over all 50,000 images with crops and mirrors: the family's usual training at a fifteenth of its length.
 OPTIONS = {
+    **CROPS_AND_MIRRORS,
     "exit-loss": "chase",
     "epochs": 20,
     "batch-size": 128,
@@ -27,12 +29,6 @@ OPTIONS = {
     "lr": 0.1,
     "weight-decay": 5e-4,
     "warmup-epochs": 3,
-    "mixup": 0,
-    "cutmix": 0,
-    "smoothing": 0,
-    "randaug": 0,
-    "reprob": 0,
-    "ema-decay": 0,
     "compile": True,
 }
 ANALYSES = {"budgeted": budgets(), "certified": certified()}
@@ -42,7 +38,7 @@ def section(results: list[Result], pictures: Path) -> str:
     groups = by_variant(results)
     text = [exits_table(results)]
     draw_budgets(groups, pictures / "budgeted.png")
-    text.append("![Accuracy over mean MACs; stars: one exit for all](results/multiscale/budgeted.png)\n")
+    text.append("![Accuracy over mean MACs; stars: one exit for all](results/chase/budgeted.png)\n")
     text.append(certificates(groups))
     if {"chase_cifar", "msdnet_cifar_anytime"} <= groups.keys():
         chase, msdnet = (groups[name][0]["budgeted"] for name in ("chase_cifar", "msdnet_cifar_anytime"))
@@ -85,7 +81,7 @@ def certificates(groups: dict[str, list[Result]]) -> str:
 
 
 EXPERIMENT = Experiment(
-    name="multiscale",
+    name="chase",
     title="MSDNet and CHASE on CIFAR-100",
     claim="CHASE is above MSDNet at the same MACs (CHASE, fig. 4).",
     runs=[
