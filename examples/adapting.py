@@ -33,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
-    DynConfig.add_arguments(parser, without=("num_classes",))
+    DynConfig.add_arguments(parser, without=("num_classes", "num_frames"))
 
 
 class Transformed(Dataset):

@@ -131,7 +131,7 @@ class Batches:
         for index in order.split(self.batch_size)[: len(self)]:
             images, target = self.images[index], self.targets[index]
             if self.training:
-                images = self._move(images)
+                images = self._move(images, by=images.shape[-1] // 8)
                 if self.policy is not None:
                     # One draw of operations holds for a whole tensor; small pieces make for many draws.
                     images = torch.cat([self.policy(piece) for piece in images.split(32)])
@@ -143,10 +143,9 @@ class Batches:
             yield images, target
 
     @staticmethod
-    def _move(images: Tensor) -> Tensor:
-        """Mirror half of the images and shift each by up to an eighth of its width, black coming in at the edge."""
+    def _move(images: Tensor, by: int) -> Tensor:
+        """Mirror half of the images and shift each by up to ``by`` pixels, black coming in at the edge."""
         count, _, height, width = images.shape
-        by = width // 8
         device = images.device
         mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
         images = nn.functional.pad(torch.where(mirrored, images.flip(-1), images), (by,) * 4)

@@ -1,5 +1,6 @@
 """Every test runs offline, from a fixed seed, and leaves the environment as it found it."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -23,3 +24,18 @@ def _environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _logging() -> Iterator[None]:
+    # Hosts and exporters silence loggers that are not theirs; what later tests read in the log would be missing.
+    def loggers() -> list[logging.Logger]:
+        return [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)] + [logging.root]
+
+    before = {logger: (logger.level, logger.propagate, logger.disabled) for logger in loggers()}
+    silenced = logging.root.manager.disable
+    yield
+    logging.disable(silenced)
+    for logger, (level, propagate, disabled) in before.items():
+        logger.setLevel(level)
+        logger.propagate, logger.disabled = propagate, disabled

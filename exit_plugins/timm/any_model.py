@@ -79,6 +79,7 @@ class EarlyHead(nn.Module):
     def reset(self, num_classes: int, device: Any = None, dtype: Any = None) -> None:
         """A new last layer."""
         self.fc = nn.Linear(self.width, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self.fc.train(self.training)
         if num_classes:
             nn.init.trunc_normal_(self.fc.weight, std=0.02)
             nn.init.zeros_(self.fc.bias)
@@ -161,7 +162,8 @@ class WithExits(MultiExit, nn.Module):
         self.train_mode, self.heads_first, self.new_classifier = train, heads_first, new_classifier
         self.fused = self.grad_checkpointing = False
         self.num_classes = 0
-        self.split = Split(backbone, self.exit_names)
+        self.split: Split | None = Split(backbone, self.exit_names)
+        self._unsplit = ""
         self._fine: tuple[Split, tuple[int, ...]] | None = None
         self.heads = nn.ModuleList()
         self._make_heads(backbone.num_classes)
@@ -231,6 +233,8 @@ class WithExits(MultiExit, nn.Module):
         """Logits (B, num_classes) of exit ``index`` and the state the next segment starts from; none after the last."""
         if not 0 <= index < self.num_exits:
             raise IndexError(f"this model has exits 0 to {self.num_exits - 1}, got {index}.")
+        if self.split is None:
+            raise ValueError(f"{self._unsplit} Call reset_classifier with a pooling that gives the classifier vectors.")
         if self.grad_checkpointing and self.backbone.training and torch.is_grad_enabled():
             features, state = self._run_checkpointed(index, state)
         else:
@@ -286,7 +290,11 @@ class WithExits(MultiExit, nn.Module):
         self.backbone.num_classes = num_classes
         self.new_classifier = True
         if self.num_exits:
-            self.split = Split(self.backbone, self.exit_names)
+            try:
+                self.split = Split(self.backbone, self.exit_names)
+            except ValueError as error:
+                # A classifier behind a pooling that an earlier call took away, say: timm lets it be made, not run.
+                self.split, self._unsplit = None, str(error)
         self.set_grad_checkpointing(self.grad_checkpointing)
         if all(hasattr(head, "reset") for head in self.heads):
             for head in self.heads:

@@ -51,6 +51,18 @@ def _filter(size: int, wanted: int, mode: str, like: Tensor) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
 
 
+def _to_size(x: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """``x`` resized unless it has that size already."""
+    if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        resizes = True  # a graph must not keep the size that it was made with
+    else:
+        resizes = x.shape[2] != height or x.shape[3] != width
+    return _resize(x, height, width, mode) if resizes else x
+
+
+torch.fx.wrap("_to_size")  # what it does hangs on the size of the picture
+
+
 class View(nn.Module):
     """The picture as one member sees it: resized, and normalised as its configuration says.
 
@@ -74,13 +86,7 @@ class View(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, *size)."""
-        size = self.size
-        if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            resizes = True  # a graph must not keep the size that it was made with
-        else:
-            resizes = x.shape[2] != size[0] or x.shape[3] != size[1]
-        if resizes:
-            x = _resize(x, size[0], size[1], self.mode)
+        x = _to_size(x, self.size[0], self.size[1], self.mode)
         return x if self.same else x * self.scale + self.shift
 
 
@@ -310,6 +316,11 @@ def cascade_of(
     return model
 
 
+def _reduction(net: nn.Module) -> int:
+    """By how much a side of the last map of ``net`` is smaller than the picture's."""
+    return getattr(net.feature_info, "info", net.feature_info)[-1]["reduction"]
+
+
 def _configuration(model: Cascade) -> dict[str, Any]:
     """The last member's pretrained configuration, as the cascade has it."""
 
@@ -322,6 +333,9 @@ def _configuration(model: Cascade) -> dict[str, Any]:
 
     kept = ("num_classes", "interpolation", "mean", "std", "crop_pct", "crop_mode", "label_names", "license")
     cfg = {key: value for key, value in model.networks[-1].pretrained_cfg.items() if key in kept}
+    last = model.networks[-1]
+    if last.pretrained_cfg.get("pool_size") and len(last.feature_info):
+        cfg["pool_size"] = tuple(-(-side // _reduction(last)) for side in model.sizes[-1])
     return cfg | {
         "architecture": "cascade",
         "input_size": (model.networks[-1].pretrained_cfg["input_size"][0], *model.sizes[-1]),

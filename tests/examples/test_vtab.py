@@ -122,7 +122,7 @@ def test_every_field_of_the_exits_by_command_line(vtab):
         "mask_seed": ("4", 4),
         "label_smoothing": ("0.1", 0.1),
     }
-    assert {*words, "num_classes"} == {field.name for field in dataclasses.fields(DynConfig)}
+    assert {*words, "num_classes", "num_frames"} == {field.name for field in dataclasses.fields(DynConfig)}
     line = [word for name, (text, _) in words.items() for word in (f"--{name.replace('_', '-')}", *text.split())]
     args = vtab.parse_args(["--root", "x", *line])
     asked = DynConfig.from_arguments(args, num_classes=5)
