@@ -56,7 +56,7 @@ demo: install
 # The crash tests fork, which must not happen beside the threads that other tests have left running.
 test: install-all .hosts/.fetched lint
 	$(BIN)/python -m pytest tests --ignore=tests/exits/test_crash.py --ignore=tests/exits/test_crash_training.py --ignore=tests/exits/test_files.py
-	$(BIN)/python -m pytest tests/exits/test_crash.py tests/exits/test_crash_training.py tests/exits/test_files.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exits/test_crash.py tests/exits/test_crash_training.py tests/exits/test_files.py
 
 test-hosts: install-all .hosts/.fetched
 	$(BIN)/python tests/hosts/run.py --all

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import exit_plugins
 
@@ -20,6 +21,9 @@ def in_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         try:
+            # The parent's pool of threads is not here, and whoever asks it for work waits for ever (torch's DataLoader
+            # does the same in its workers).
+            torch.set_num_threads(1)
             work()
         except OSError:
             os._exit(1)
