@@ -9,28 +9,36 @@ example:
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..exits.evaluation import anytime_curve, calibration, ensemble_curve, evaluate_policy
+from ..exits.evaluation import (
+    AnytimePoint,
+    Calibration,
+    PolicyResult,
+    anytime_curve,
+    calibration,
+    ensemble_curve,
+    evaluate_policy,
+)
 from ..exits.policy import ExitPolicy
-from ..exits.table import ExitTable
 from .common import (
     add_confidence_arguments,
     add_cost_arguments,
     add_data_arguments,
     add_json_argument,
     amount,
-    costs_of,
     is_main,
-    open_data,
     percent,
     print_json,
     print_table,
-    start_processes,
 )
-from .models import add_force_argument, add_model_arguments, data_config, known_model, match_classes, open_model
-from .tables import check_table, check_weights, collect, fit_table, overlap_note, overlap_record
+from .inputs import Inputs, open_inputs
+from .models import add_force_argument, add_model_arguments
+from .tables import check_weights, fit_table, overlap_note, overlap_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,81 +55,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     policy = ExitPolicy.load(args.policy) if args.policy else None
-    measure = args.measure or (policy.measure if policy else "max_softmax")
-    if args.table:
-        table = ExitTable.load(args.table)
-        known = known_model(args, policy, table)
-        model = open_model(args, known, needs_weights=False)
-        check_table(table, model)
-        config = data_config(args, model, known)
-        if args.measure and args.measure != table.measure:
-            table = table.with_confidence(args.measure)
-    else:
-        if not args.data:
-            raise ValueError("give --data to run the model on, or --table with a table that evaluate wrote.")
-        start_processes(args)
-        known = known_model(args, policy)
-        data, names = open_data(args)
-        model = open_model(args, known, num_classes=len(names) or None)
-        config = data_config(args, model, known)
-        temperatures = policy.temperatures.tolist() if policy else None
-        data = match_classes(data, model, known)
-        table, _ = collect(model, data, args, config, measure, temperatures, save=args.save_table)
+    inputs = open_inputs(args, policy)
     if not is_main():
         return 0
-    costs, unit = costs_of(args, model, config)
-    anytime, honest = anytime_curve(table, costs), calibration(table)
+    table, costs = inputs.table, inputs.costs
+    exits = list(zip(anytime_curve(table, costs), calibration(table), strict=True))
     ensemble = ensemble_curve(table, costs) if table.logits is not None else None
-    result = None
-    if policy is not None:
-        policy.check_model(model)
-        check_weights(policy, (table.about or {}).get("weights"), args.force)
-        result = evaluate_policy(policy, fit_table(table, policy), costs)
-        overlap = policy.overlap(table)
+    under = None if policy is None else _under(policy, args, inputs)
     if args.json:
         print_json(
             {
                 "model": args.model,
                 "samples": table.num_samples,
-                "cost_unit": unit,
-                "exits": [{**p.to_dict(), **c.to_dict()} for p, c in zip(anytime, honest, strict=True)],
+                "cost_unit": inputs.unit,
+                "exits": [{**p.to_dict(), **c.to_dict()} for p, c in exits],
                 "ensemble": None if ensemble is None else [p.to_dict() for p in ensemble],
-                "policy": None if result is None else {**result.to_dict(), **overlap_record(overlap)},
+                "policy": None if under is None else {**under.result.to_dict(), **overlap_record(under.overlap)},
             }
         )
         return 0
     print(f"{args.model} on {table.num_samples} images")
+    _print_exits(exits, ensemble, inputs.unit)
+    if under is not None:
+        _print_policy(under, args, inputs)
+    return 0
+
+
+@dataclass(frozen=True)
+class _UnderPolicy:
+    """The figures of a policy, and how many of the samples it was made from (None: not known)."""
+
+    policy: ExitPolicy
+    result: PolicyResult
+    overlap: int | None
+
+
+def _under(policy: ExitPolicy, args: argparse.Namespace, inputs: Inputs) -> _UnderPolicy:
+    table = inputs.table
+    policy.check_model(inputs.model)
+    check_weights(policy, (table.about or {}).get("weights"), args.force)
+    result = evaluate_policy(policy, fit_table(table, policy), inputs.costs)
+    return _UnderPolicy(policy, result, policy.overlap(table))
+
+
+def _print_exits(
+    exits: Sequence[tuple[AnytimePoint, Calibration]], ensemble: Sequence[AnytimePoint] | None, unit: str
+) -> None:
     rows = []
-    for k, (point, exit_) in enumerate(zip(anytime, honest, strict=True)):
-        low, high = point.interval
-        row = [
-            f"exit {k + 1}",
-            amount(point.cost, unit),
-            percent(point.accuracy),
-            f"[{100 * low:.1f}, {100 * high:.1f}]",
-        ]
+    for k, (point, exit_) in enumerate(exits):
+        row = [f"exit {k + 1}", amount(point.cost, unit), percent(point.accuracy), _interval(point.interval)]
         row += [percent(ensemble[k].accuracy)] if ensemble else []
         row += [percent(exit_.ece), "-" if np.isnan(exit_.auroc) else f"{exit_.auroc:.3f}"]
         rows.append(row)
-    head = ["", "cost", "accuracy", "95 %", *(["ensemble"] if ensemble else []), "ECE", "AUROC"]
-    print_table(head, rows)
-    if result is not None:
-        low, high = result.interval
-        if overlap:
-            print(f"\nno test: {overlap_note(overlap, table)}")
-        print(
-            f"\npolicy {args.policy}: accuracy {percent(result.accuracy)} [{100 * low:.1f}, {100 * high:.1f}], "
-            f"mean cost {amount(result.cost, unit)} ({percent(result.cost / costs[-1])} of the last exit)"
-        )
-        print(f"as many leaving at each exit, but at random: accuracy {percent(result.random_accuracy)}")
-        target = policy.source.get("target", {}).get("budget")
-        if target is not None and unit == "MACs":
-            print(f"budget {amount(target, unit)}: {percent(result.cost / target)} of it spent here")
-        print_table(
-            ["", "images", "accuracy"],
-            [
-                [f"exit {k + 1}", percent(share), "-" if np.isnan(a) else percent(a)]
-                for k, (share, a) in enumerate(zip(result.shares, result.exit_accuracy, strict=True))
-            ],
-        )
-    return 0
+    print_table(["", "cost", "accuracy", "95 %", *(["ensemble"] if ensemble else []), "ECE", "AUROC"], rows)
+
+
+def _print_policy(under: _UnderPolicy, args: argparse.Namespace, inputs: Inputs) -> None:
+    result, unit = under.result, inputs.unit
+    if under.overlap:
+        print(f"\nno test: {overlap_note(under.overlap, inputs.table)}")
+    print(
+        f"\npolicy {args.policy}: accuracy {percent(result.accuracy)} {_interval(result.interval)}, mean cost "
+        f"{amount(result.cost, unit)} ({percent(result.cost / inputs.costs[-1])} of the last exit)"
+    )
+    print(f"as many leaving at each exit, but at random: accuracy {percent(result.random_accuracy)}")
+    target: dict[str, Any] = under.policy.source.get("target", {})
+    if target.get("budget") is not None and unit == "MACs":
+        budget = target["budget"]
+        print(f"budget {amount(budget, unit)}: {percent(result.cost / budget)} of it spent here")
+    print_table(
+        ["", "images", "accuracy"],
+        [
+            [f"exit {k + 1}", percent(share), "-" if np.isnan(a) else percent(a)]
+            for k, (share, a) in enumerate(zip(result.shares, result.exit_accuracy, strict=True))
+        ],
+    )
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

@@ -9,10 +9,13 @@ example:
 
 import argparse
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import timm
 import torch
+from torch import nn
 
 from ..exits.costs import exit_costs, exit_latency
 from ..timm.video import temporal_shift
@@ -53,6 +56,37 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     model = open_model(args, needs_weights=False)
     size = data_config(args, model)["input_size"]
+    plain = _plain_network(args, model, size)
+    found = _counted(args, model, plain, size)
+    if not args.no_latency:
+        images = torch.randn((args.batch_size, *size), generator=torch.Generator().manual_seed(0))
+        images = images.to(next(model.parameters()).device)
+        latency, plain_latency = _in_turns(model, plain, images, args.repeats)
+        for row, seconds in zip(found["exits"], latency, strict=True):
+            row["latency"] = seconds
+        if plain is not None:
+            found["plain"]["latency"] = plain_latency
+    if args.json:
+        print_json(found)
+    else:
+        _print(args, found)
+    return 0
+
+
+def _plain_network(args: argparse.Namespace, model: nn.Module, size: Sequence[int]) -> nn.Module | None:
+    """What a user would have run instead, as a model of one exit; None where nothing is named and none is known."""
+    name = args.plain or next((plain for ours, plain in PLAIN.items() if args.model.startswith(ours)), None)
+    if name is None:
+        return None
+    plain = timm.create_model(name, num_classes=model.num_classes, in_chans=size[-3])
+    if len(size) == 4:  # the rival on clips has the shift too
+        plain = temporal_shift(plain, size[0])
+    return _Single(name, plain).to(next(model.parameters()).device).eval()
+
+
+def _counted(
+    args: argparse.Namespace, model: nn.Module, plain: nn.Module | None, size: Sequence[int]
+) -> dict[str, Any]:
     costs = exit_costs(model, size)
     found = {
         "model": args.model,
@@ -66,46 +100,30 @@ def run(args: argparse.Namespace) -> int:
         ],
         "plain": None,
     }
-    name = args.plain or next((plain for ours, plain in PLAIN.items() if args.model.startswith(ours)), None)
-    plain = None
-    if name is not None:
-        plain = timm.create_model(name, num_classes=model.num_classes, in_chans=size[-3])
-        if len(size) == 4:  # the rival on clips has the shift too
-            plain = temporal_shift(plain, size[0])
-        plain = plain.to(next(model.parameters()).device).eval()
-        counted = _Single(plain)
-        plain_costs = exit_costs(counted, size)
+    if plain is not None:
         found["plain"] = {
-            "name": name,
-            "macs": plain_costs.macs[0],
+            "name": plain.name,
+            "macs": exit_costs(plain, size).macs[0],
             "params": sum(p.numel() for p in plain.parameters()),
         }
-    if not args.no_latency:
-        images = torch.randn((args.batch_size, *size), generator=torch.Generator().manual_seed(0))
-        images = images.to(next(model.parameters()).device)
-        latency, plain_latency = _in_turns(model, plain, images, args.repeats)
-        for row, seconds in zip(found["exits"], latency, strict=True):
-            row["latency"] = seconds
-        if plain is not None:
-            found["plain"]["latency"] = plain_latency
-    if args.json:
-        print_json(found)
-        return 0
+    return found
+
+
+def _print(args: argparse.Namespace, found: dict[str, Any]) -> None:
     print(
-        f"{args.model} at {'x'.join(map(str, size))}: {amount(found['parameters'], '')} parameters, batch "
-        f"{args.batch_size}, {found['threads']} threads"
+        f"{args.model} at {'x'.join(map(str, found['input_size']))}: {amount(found['parameters'], '')} parameters, "
+        f"batch {args.batch_size}, {found['threads']} threads"
     )
     rows = [_row(f"exit {row['exit']}", row, found["plain"]) for row in found["exits"]]
     if found["plain"]:
-        rows.append(_row(f"plain {name}", found["plain"], None))
+        rows.append(_row(f"plain {found['plain']['name']}", found["plain"], None))
     head = ["", "parameters", "MACs", *([] if args.no_latency else ["latency"])]
     if found["plain"]:
         head += ["MACs/plain", *([] if args.no_latency else ["time/plain"])]
     print_table(head, [row[: len(head)] + [""] * (len(head) - len(row)) for row in rows])
-    return 0
 
 
-def _row(name: str, row: dict, plain: dict | None) -> list[str]:
+def _row(name: str, row: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
     cells = [name, amount(row["params"], ""), amount(row["macs"], "")]
     if "latency" in row:
         cells.append(amount(row["latency"], "s"))
@@ -116,13 +134,14 @@ def _row(name: str, row: dict, plain: dict | None) -> list[str]:
     return cells
 
 
-class _Single(torch.nn.Module):
+class _Single(nn.Module):
     """A plain network as a model of one exit, so that it is counted and timed as the others are."""
 
     num_exits = 1
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, name: str, network: nn.Module) -> None:
         super().__init__()
+        self.name = name
         self.network = network
         self.sample_ndim = getattr(network, "sample_ndim", 3)
 
@@ -133,7 +152,9 @@ class _Single(torch.nn.Module):
         return self.network(state), state
 
 
-def _in_turns(model, plain, images, repeats: int) -> tuple[np.ndarray, float | None]:
+def _in_turns(
+    model: nn.Module, plain: nn.Module | None, images: torch.Tensor, repeats: int
+) -> tuple[np.ndarray, float | None]:
     """Latency (K,) of the model and of the plain network, measured in alternating rounds."""
     rounds = min(4, repeats)
     ours, theirs = [], []
@@ -142,7 +163,7 @@ def _in_turns(model, plain, images, repeats: int) -> tuple[np.ndarray, float | N
         count = repeats // rounds + (index < repeats % rounds)
         ours.append(exit_latency(model, images, repeats=count, warmup=2 if index == 0 else 0))
         if plain is not None:
-            theirs.append(exit_latency(_Single(plain), images, repeats=count, warmup=2 if index == 0 else 0)[0])
+            theirs.append(exit_latency(plain, images, repeats=count, warmup=2 if index == 0 else 0)[0])
         if time.perf_counter() - started > 120:
             break
     return np.median(ours, axis=0), float(np.median(theirs)) if theirs else None

@@ -11,6 +11,7 @@ examples:
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,16 +31,13 @@ from .common import (
     add_data_arguments,
     add_json_argument,
     amount,
-    costs_of,
     is_main,
-    open_data,
     parse_budget,
     percent,
     print_json,
-    start_processes,
 )
-from .models import add_model_arguments, data_config, known_model, match_classes, number, open_model, whole
-from .tables import check_table, collect
+from .inputs import open_inputs
+from .models import add_model_arguments, number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,29 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.table:
-        table = ExitTable.load(args.table)
-        known = known_model(args, table=table)
-        model = open_model(args, known, needs_weights=False)
-        check_table(table, model)
-        config = data_config(args, model, known)
-    else:
-        if not args.data:
-            raise ValueError("give --data to run the model on, or --table with a table that evaluate wrote.")
-        start_processes(args)
-        known = known_model(args)
-        data, names = open_data(args)
-        model = open_model(args, known, num_classes=len(names) or None)
-        config = data_config(args, model, known)
-        data = match_classes(data, model, known)
-        table, _ = collect(model, data, args, config, args.measure or "max_softmax", save=args.save_table)
+    inputs = open_inputs(args)
     if not is_main():
         return 0
+    model, table, costs = inputs.model, inputs.table, inputs.costs
     if args.max_exit is not None and args.max_exit > model.num_exits:
         raise ValueError(f"--max-exit {args.max_exit}: the model has {model.num_exits} exits.")
-    if args.measure and args.measure != table.measure:
-        table = table.with_confidence(args.measure)
-    costs, unit = costs_of(args, model, config)
     policy, needed = _certified(args, table, costs, model) if args.certify else (_solved(args, table, costs, model), 0)
     if args.max_exit is not None:
         policy = cap_policy(policy, max_exit=args.max_exit - 1)
@@ -115,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"policy": str(args.output), "thresholds": [str(t) for t in policy.thresholds], **_about(policy)})
     else:
-        _print(args, policy, costs, unit)
+        _print(args, policy, costs, inputs.unit)
     if policy.certificate and (policy.thresholds[:-1] == np.inf).all():
         print(_nothing_certified(policy.certificate, needed), file=sys.stderr)
     return 0
@@ -198,5 +179,13 @@ def _nothing_certified(certificate: dict[str, Any], needed: int | None) -> str:
     return begin + f"about {needed} images to certify on ({2 * needed} given to solve), or a larger --epsilon, would."
 
 
-def _about(policy: ExitPolicy) -> dict:
-    return {"source": policy.source, "certificate": policy.certificate, "max_exit": policy.max_exit}
+def _about(policy: ExitPolicy) -> dict[str, Any]:
+    blocks = {"source": policy.source, "certificate": policy.certificate, "max_exit": policy.max_exit}
+    return _without_digests(blocks)
+
+
+def _without_digests(value: Any) -> Any:
+    """Thousands of sample digests are for the policy file; whoever reads the printed JSON asks how many there were."""
+    if isinstance(value, Mapping):
+        return {key: _without_digests(item) for key, item in value.items() if key not in ("digests", "limit")}
+    return value
