@@ -22,9 +22,11 @@ __all__ = [
     "FEATURE_ARGUMENTS",
     "WholeOrPart",
     "build_with_checkpoint",
+    "check_keys",
     "describe_keys",
     "fetch_checkpoint",
     "read_checkpoint",
+    "share_link",
     "unwrap_state_dict",
 ]
 
@@ -132,6 +134,21 @@ def describe_keys(kind: str, keys: Iterable[str], limit: int = 5) -> str:
         return f"no {kind} keys"
     more = ", ..." if len(keys) > limit else ""
     return f"{len(keys)} {kind} keys ({', '.join(keys[:limit])}{more})"
+
+
+def check_keys(missing: Iterable[str], unexpected: Iterable[str], advice: str) -> None:
+    """ValueError that names the keys and ends in ``advice``, unless both are empty."""
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if missing or unexpected:
+        raise ValueError(
+            f"this is no checkpoint of this model: {describe_keys('missing', missing)}; "
+            f"{describe_keys('unexpected', unexpected)}. {advice}"
+        )
+
+
+def share_link(share: str) -> str:
+    """Download link of a file that the authors of Dyn-Perceiver and DVT share at their university."""
+    return f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1"
 
 
 # Arguments of ``timm.create_model`` that say what becomes of the model once it is built.

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..exits.clips import sample_size
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
-from .layers import check_image, fold_pair, use_matrix_products
+from .layers import check_has_exits, check_image, fold_pair, use_matrix_products
 from .split import Cut, Split, find_cuts, is_layer, meta_copy, place_cuts, pool_features, trace_network
 
 __all__ = ["EarlyHead", "WithExits", "add_exits"]
@@ -225,8 +225,7 @@ class WithExits(MultiExit, nn.Module):
 
     def begin_exits(self, x: Tensor) -> tuple[Tensor, ...]:
         """State before the first segment: the images (B, C, H, W), checked."""
-        if self.num_exits == 0:
-            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+        check_has_exits(self.num_exits)
         return (check_image(x, self.in_chans, 1),)
 
     def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -283,8 +282,8 @@ class WithExits(MultiExit, nn.Module):
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give every exit a new classifier for ``num_classes``, 0 for none."""
-        if num_classes > 0 and self.num_exits == 0:
-            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+        if num_classes > 0:
+            check_has_exits(self.num_exits)
         arguments = {} if global_pool is None else {"global_pool": global_pool}
         self.backbone.reset_classifier(num_classes, **arguments)
         self.backbone.num_classes = num_classes

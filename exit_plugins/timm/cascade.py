@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
-from .layers import check_image
+from .layers import check_has_exits, check_image
 
 __all__ = ["Cascade", "cascade_of"]
 
@@ -153,8 +153,7 @@ class Cascade(MultiExit, nn.Module):
 
     def begin_exits(self, x: Tensor) -> tuple[Tensor, ...]:
         """State before the first member: the pictures (B, C, H, W), checked."""
-        if self.num_exits == 0:
-            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+        check_has_exits(self.num_exits)
         return (check_image(x, self.in_chans, 1),)
 
     def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -211,8 +210,8 @@ class Cascade(MultiExit, nn.Module):
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give every member a new classifier for ``num_classes``, 0 for none."""
-        if num_classes > 0 and self.num_exits == 0:
-            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
+        if num_classes > 0:
+            check_has_exits(self.num_exits)
         if num_classes == 0 and self.average:
             raise ValueError("features of different networks cannot be averaged: num_classes=0 asks for average=False.")
         for net in self.networks:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
 from ._branch import FeatureBranch, network_branch
-from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart, build_with_checkpoint, describe_keys, unwrap_state_dict
+from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart, build_with_checkpoint, share_link
+from ._dynperceiver_weights import checkpoint_filter_fn
 from .any_model import fuse_network, groups_of_part
 from .layers import (
     AdaptiveAverage,
@@ -34,6 +35,7 @@ from .layers import (
     FusedLayer,
     adaptive_average,
     add_residual,
+    check_has_exits,
     check_image,
     fold_layer_norm,
     fuse_convolutions,
@@ -772,7 +774,7 @@ class DynPerceiver(MultiExit, nn.Module):
 
     def begin_exits(self, x: Tensor) -> tuple[Tensor, ...]:
         """State before the first segment: the images (B, C, H, W), checked."""
-        self._check_exits()
+        check_has_exits(self.num_exits)
         return (check_image(x, self.in_chans, self.min_size),)
 
     def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -800,10 +802,6 @@ class DynPerceiver(MultiExit, nn.Module):
             heard = None
         state = (x,) if self.latent is None else (x, z)
         return logits, state if heard is None else (*state, heard)
-
-    def _check_exits(self) -> None:
-        if self.num_exits == 0:
-            raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """What the last exit reads: the map (B, C5, H, W), the latents (B, L, C), and what exit 1 reads if it hears it.
@@ -917,7 +915,7 @@ class DynPerceiver(MultiExit, nn.Module):
         if global_pool not in (None, "avg"):
             raise ValueError(f"Dyn-Perceiver pools by average only (global_pool='avg'), got {global_pool!r}.")
         if num_classes > 0:
-            self._check_exits()
+            check_has_exits(self.num_exits)
         self.num_classes = num_classes
         self.heads, self.transfers = self._build_heads(num_classes, get_device_dtype(self))
         self.heads.train(self.training)
@@ -990,154 +988,6 @@ class DynPerceiver(MultiExit, nn.Module):
         return self.eval().to(memory_format=torch.channels_last)
 
 
-def _public_names(model: DynPerceiver) -> dict[str, tuple[str, ...]]:
-    """For each key of our state dict, the key in the authors' layout; several where one projection joins them."""
-    return {key: _public_name(key, model) for key in model.state_dict()}
-
-
-# Ours to the authors' names inside the attention layers, tokens' layers and heads.
-_PUBLIC_CROSS = {
-    "q_norm.": "cross_attn.q_norm.",
-    "kv_norm.": "cross_attn.kv_norm.",
-    "q.": "cross_attn.attention.q_proj.",
-    "key_position": "cross_attn.attention.relative_position_bias",
-    "proj.": "cross_attn.attention.o_proj.",
-    "norm.": "mlp.layernorm.",
-    "mlp.": "mlp.",
-}
-_PUBLIC_SELF = {
-    "norm1.": "self_attn.norm.",
-    "attn.proj.": "self_attn.attention.o_proj.",
-    "norm2.": "mlp.layernorm.",
-    "mlp.": "mlp.",
-}
-_PUBLIC_REGNET = {
-    "downsample.conv.": "proj.0.",
-    "downsample.bn.": "proj.1.",
-    "conv1.conv.": "f.a.0.",
-    "conv1.bn.": "f.a.1.",
-    "conv2.conv.": "f.b.0.",
-    "conv2.bn.": "f.b.1.",
-    "se.": "f.se.",
-    "conv3.conv.": "f.c.0.",
-    "conv3.bn.": "f.c.1.",
-}
-_PUBLIC_HEADS = ("early_classifier3", "classifier_att", "classifier_cnn", "classifier_merge")
-
-
-def _rename(name: str, table: dict[str, str]) -> str:
-    for ours, public in table.items():
-        if name.startswith(ours):
-            return public + name[len(ours) :]
-    raise KeyError(name)
-
-
-def _public_block(block: nn.Module, name: str) -> str:
-    """A key inside a block of the feature branch, in the authors' layout."""
-    if isinstance(block, RegNetBottleneck):
-        return _rename(name, _PUBLIC_REGNET)
-    if isinstance(block, ConvNormAct):
-        return _rename(name, {"conv.": "0.", "bn.": "1."})
-    if isinstance(block, DepthwiseSeparableConv):
-        parts = [("conv_dw.", "bn1."), ("conv_pw.", "bn2.")]
-    elif isinstance(block, InvertedResidual):
-        parts = [("conv_pw.", "bn1."), ("conv_dw.", "bn2."), ("conv_pwl.", "bn3.")]
-    else:  # ResNet's names are torchvision's in both
-        return name
-    table = {}
-    squeezes = isinstance(block.se, SqueezeExcite)
-    for index, (conv, norm) in enumerate(parts):
-        if squeezes and index == len(parts) - 1:
-            table["se.conv_reduce."] = f"block.{index}.fc1."
-            table["se.conv_expand."] = f"block.{index}.fc2."
-            index += 1
-        table[conv], table[norm] = f"block.{index}.0.", f"block.{index}.1."
-    return _rename(name, table)
-
-
-def _public_name(key: str, model: DynPerceiver) -> tuple[str, ...]:
-    root, _, name = key.partition(".")
-    if root == "latent":
-        return (key,)
-    if root == "stem":
-        if isinstance(model.stem, ConvNormAct):
-            return ("cnn_stem." + _public_block(model.stem, name),)
-        index, _, name = name.partition(".")
-        public = _public_block(model.stem[int(index)], name)
-        return ("cnn_stem." + (public if isinstance(model.stem[1], nn.MaxPool2d) else f"{index}.{public}"),)
-    if root == "transfers":
-        index, part, name = name.split(".", 2)
-        return (f"isc{int(index) + 3}.{dict(fc=0, norm=1)[part]}.{name}",)
-    if root == "heads":
-        index, _, name = name.partition(".")
-        head = model.heads[int(index)]
-        hidden = isinstance(head.hidden, nn.Sequential)
-        normed = isinstance(head.norm, nn.BatchNorm1d)
-        first = int(normed)
-        table = {"norm.": "0.", "hidden.0.": f"{first}.", "fc.": f"{first + 3}." if hidden else f"{first}."}
-        if not hidden and not normed:
-            table = {"fc.": ""}
-        return (f"{_PUBLIC_HEADS[int(index)]}.{_rename(name, table)}",)
-    stage, part, name = name.split(".", 2)
-    number = int(stage) + 1
-    if part == "grid":
-        return (f"dwc{number}_x2z.{name}",)
-    if part in ("token_mixer", "channel_expander"):
-        prefix = "token_mixer" if part == "token_mixer" else "token_expander"
-        return (f"{prefix}.{stage}.{_rename(name, {'norm.': '0.', 'fc.': '1.'})}",)
-    if part in ("x2z", "z2x"):
-        prefix = f"cross_att{number}_x2z." if part == "x2z" else f"cross_att{number + 1}_z2x."
-        if part == "z2x" and number == 4:
-            prefix = "last_cross_att_z2x."
-        if name == "kv.weight":
-            return tuple(f"{prefix}cross_attn.attention.{p}_proj.weight" for p in "kv")
-        return (prefix + _rename(name, _PUBLIC_CROSS),)
-    index, _, name = name.partition(".")
-    if part == "self_attn":
-        prefix = f"self_att{number}.{index}."
-        if name == "attn.qkv.weight":
-            return tuple(f"{prefix}self_attn.attention.{p}_proj.weight" for p in "qkv")
-        return (prefix + _rename(name, _PUBLIC_SELF),)
-    block = model.stages[int(stage)].blocks[int(index)]
-    prefix = f"cnn_body_stage{number}.{index}."
-    if isinstance(block, RegNetBottleneck):
-        prefix = f"cnn_body.block{number}.block{number}-{index}."
-    return (prefix + _public_block(block, name),)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: DynPerceiver) -> dict[str, Tensor]:
-    """State dict in our layout from ours or the authors': plain, ``{"model": ...}`` training file, EMA.
-
-    Raises:
-        ValueError: A key is missing or unknown; the message names them.
-    """
-    state_dict = unwrap_state_dict(state_dict)
-    if any(key.startswith("stages.") for key in state_dict):
-        names = {key: (key,) for key in model.state_dict()}
-    elif model.left_out:
-        raise ValueError(
-            f"the authors' weights are those of the whole network, and this one was built with other values of "
-            f"{', '.join(model.left_out)}; leave these options out, or load weights trained with them."
-        )
-    else:
-        names = _public_names(model)
-    head_roots = ("heads.", "transfers.", "isc", "early_classifier", "classifier_")
-    wanted = {public for group in names.values() for public in group}
-    missing = sorted(wanted - state_dict.keys())
-    unexpected = sorted(
-        key for key in state_dict.keys() - wanted if not (model.num_classes == 0 and key.startswith(head_roots))
-    )
-    if missing or unexpected:
-        raise ValueError(
-            f"this is no checkpoint of this model: {describe_keys('missing', missing)}; "
-            f"{describe_keys('unexpected', unexpected)}. Check the model's name against the file."
-        )
-    return {
-        key: state_dict[group[0]] if len(group) == 1 else torch.cat([state_dict[name] for name in group])
-        for key, group in names.items()
-    }
-
-
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
@@ -1155,10 +1005,6 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
         "origin_url": "https://github.com/LeapLabTHU/Dynamic_Perceiver",
         **kwargs,
     }
-
-
-def _url(share: str) -> str:
-    return f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1"
 
 
 def _create_dynperceiver(variant: str, pretrained: bool, cfg: DynPerceiverCfg, **kwargs: Any) -> DynPerceiver:
@@ -1222,18 +1068,18 @@ _mobilenet_cfg = partial(_cfg, first_conv="stem.0.conv")
 default_cfgs = generate_default_cfgs(
     {
         "dynperceiver.untrained": {},
-        "dynperceiver_resnet50_0_375x.in1k": _resnet_cfg(_url("844ac164a62246eb9ce8")),
+        "dynperceiver_resnet50_0_375x.in1k": _resnet_cfg(share_link("844ac164a62246eb9ce8")),
         "dynperceiver_resnet50_0_5x.untrained": _resnet_cfg(),
         "dynperceiver_resnet50_0_5x_t256.untrained": _resnet_cfg(),
         "dynperceiver_resnet50_0_625x.untrained": _resnet_cfg(),
         "dynperceiver_resnet50_0_75x.untrained": _resnet_cfg(),
         "dynperceiver_regnety_400mf.untrained": _cfg(),
         "dynperceiver_regnety_400mf_t256.untrained": _cfg(),
-        "dynperceiver_regnety_800mf.in1k": _cfg(_url("ca3c8a808d504fdfa2c8")),
+        "dynperceiver_regnety_800mf.in1k": _cfg(share_link("ca3c8a808d504fdfa2c8")),
         "dynperceiver_regnety_800mf_t256.untrained": _cfg(),
         "dynperceiver_regnety_1_6gf.untrained": _cfg(),
         "dynperceiver_regnety_3_2gf.untrained": _cfg(),
-        "dynperceiver_mobilenetv3_0_75x.in1k": _mobilenet_cfg(_url("a86c56e3076146ad8748")),
+        "dynperceiver_mobilenetv3_0_75x.in1k": _mobilenet_cfg(share_link("a86c56e3076146ad8748")),
         "dynperceiver_mobilenetv3_1_0x.untrained": _mobilenet_cfg(),
         "dynperceiver_mobilenetv3_1_0x_deep.untrained": _mobilenet_cfg(),
         "dynperceiver_mobilenetv3_1_25x.untrained": _mobilenet_cfg(),

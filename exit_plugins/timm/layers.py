@@ -17,6 +17,7 @@ __all__ = [
     "PointwiseConv",
     "adaptive_average",
     "add_residual",
+    "check_has_exits",
     "check_image",
     "fold_batch_norms",
     "fold_layer_norm",
@@ -51,6 +52,12 @@ def check_image(x: Tensor, in_chans: int, min_size: int) -> Tensor:
             f"expected images of at least {min_size}x{min_size} pixels, got {x.shape[2]}x{x.shape[3]}: resize them."
         )
     return x
+
+
+def check_has_exits(num_exits: int) -> None:
+    """RuntimeError where ``prune_intermediate_layers`` left a model no exit to run or to give a classifier."""
+    if num_exits == 0:
+        raise RuntimeError("this model was pruned to intermediate features and has no exits left; build it anew.")
 
 
 def adaptive_average(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exit_plugins.timm._checkpoints import fetch_checkpoint, read_checkpoint, unwrap_state_dict
-from exit_plugins.timm.dynperceiver import _public_names, checkpoint_filter_fn
+from exit_plugins.timm._dynperceiver_weights import checkpoint_filter_fn, public_names
 
 NAME = "dynperceiver_test"
 
@@ -70,7 +70,7 @@ def public_layout(model: torch.nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     return {
         name: part.clone()
-        for key, names in _public_names(model).items()
+        for key, names in public_names(model).items()
         for name, part in zip(names, state[key].chunk(len(names)) if len(names) > 1 else [state[key]], strict=True)
     }
 

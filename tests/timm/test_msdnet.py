@@ -12,7 +12,8 @@ from multiscale import layer_counts, random_config, stated_reads, watched_reads
 from torch import nn
 
 from exit_plugins import AdaptiveModel, ExitPolicy, exit_costs
-from exit_plugins.timm.msdnet import MSDNet, checkpoint_filter_fn, plan_layers
+from exit_plugins.timm._scale_plan import plan_layers
+from exit_plugins.timm.msdnet import MSDNet, checkpoint_filter_fn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "msdnet"
 
