@@ -28,7 +28,7 @@ from ..exits.protocol import MultiExit
 from ._branch import FeatureBranch, network_branch
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart, build_with_checkpoint, share_link
 from ._dynperceiver_weights import checkpoint_filter_fn
-from .any_model import fuse_network, groups_of_part
+from ._networks import fuse_network, groups_of_part
 from .layers import (
     AdaptiveAverage,
     FusedBlock,

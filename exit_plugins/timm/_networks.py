@@ -1,0 +1,44 @@
+"""What a model built around another timm network does with it: parameter groups, and its form for inference."""
+
+from collections.abc import Callable, Sequence
+
+from timm.models import group_parameters
+from timm.utils.model import reparameterize_model
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from ._trace import is_layer, meta_copy, trace_network
+from .layers import fold_pair, use_matrix_products
+
+__all__ = ["fuse_network", "groups_of_part"]
+
+
+def groups_of_part(part: nn.Module, prefix: str, coarse: bool) -> Callable[[str], tuple[float, ...]]:
+    """Group matcher of a model with ``part`` under ``prefix``: the part's own groups, and all else in the last."""
+    groups = group_parameters(part, part.group_matcher(coarse=coarse), reverse=True)
+    last = max(groups.values(), default=0)
+
+    def group(name: str) -> tuple[float, ...]:
+        return (groups.get(name.removeprefix(prefix), last),)
+
+    return group
+
+
+def fuse_network(net: nn.Module, exit_names: Sequence[str]) -> None:
+    """Put the inference form of a timm network in place; what the modules ``exit_names`` return stays as it is."""
+    reparameterize_model(net, inplace=True)
+    use_matrix_products(_fold_batch_norms(net, exit_names))
+
+
+def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:
+    """Fold each batch norm into the convolution whose output it alone reads, as a trace shows; return ``net``."""
+    graph, calls, _ = trace_network(meta_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False))
+    read_by_heads = {leaf.node for name in exit_names for leaf in tree_leaves(calls[name][0][0])}
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
+        alone = len(before.users) == 1 and before not in read_by_heads
+        if alone and len(calls[node.target]) == len(calls[before.target]) == 1:
+            fold_pair(net, before.target, node.target)
+    return net
