@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import exit_plugins
 from exit_plugins import ExitPolicy, ExitTable, collect_exits, solve_thresholds
-from exit_plugins.exits.export_folder import read_manifest, write_manifest, written_whole
+from exit_plugins.exits.export.manifest import read_manifest, write_manifest, written_whole
 
 SHORT = {"adapters": 4, "save_for_hf": 4}  # slow ones; the others always have all thirty
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

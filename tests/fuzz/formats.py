@@ -16,7 +16,7 @@ from small_tables import costs_of, realistic_table
 from torch.utils.data import DataLoader, TensorDataset
 
 from exit_plugins import ExitPolicy, ExitTable, collect_exits, solve_thresholds
-from exit_plugins.exits.export_folder import read_manifest, write_manifest
+from exit_plugins.exits.export.manifest import read_manifest, write_manifest
 from exit_plugins.timm._checkpoints import read_checkpoint
 
 

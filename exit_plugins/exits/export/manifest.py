@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .digests import describe_model, weights_digest
-from .files import atomic_folder, recover_folder
-from .policy import ExitPolicy
-from .reading import reading, strict_json
-from .schema import MODEL, Fields, check_fields, is_mapping, is_sha256, is_size, is_text, plain
+from ..digests import describe_model, weights_digest
+from ..files import atomic_folder, recover_folder
+from ..policy import ExitPolicy
+from ..reading import reading, strict_json
+from ..schema import MODEL, Fields, check_fields, is_mapping, is_sha256, is_size, is_text, plain
 
 __all__ = ["FORMATS", "MANIFEST", "POLICY", "read_manifest", "written_whole", "write_manifest"]
 

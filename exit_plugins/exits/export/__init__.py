@@ -1,0 +1,21 @@
+"""Deployment: one file per segment for ONNX Runtime or OpenVINO, or one ONNX file in which samples leave inside.
+
+What is exported is the model's form for inference (its ``fuse()``, where it has one). Nothing is written that was not
+first run beside the model itself in torch: every exit's logits, and adaptive runs in which nobody, some and everybody
+leaves early, must agree within 1e-4. Needs the ``export`` extra.
+"""
+
+from .exported import ExportedAdaptiveModel, ExportedSegments, GraphRunner
+from .manifest import FORMATS
+from .quantization import quantize_segments
+from .writing import export_graph, export_segments
+
+__all__ = [
+    "FORMATS",
+    "ExportedAdaptiveModel",
+    "ExportedSegments",
+    "GraphRunner",
+    "export_graph",
+    "export_segments",
+    "quantize_segments",
+]

@@ -1,0 +1,85 @@
+"""From torch to ONNX: every segment as a program of its own, with a free batch."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..protocol import State
+from .runtimes import leaf_names, require
+
+__all__ = ["onnx_segments"]
+
+_OPSET = 20
+
+
+class _Segment(nn.Module):
+    """One segment as a function from the leaves of its state to logits and the leaves of the next one."""
+
+    def __init__(self, model: nn.Module, index: int, spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.model, self.index, self.spec = model, index, spec
+
+    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        state = pytree.tree_unflatten(leaves, self.spec)
+        if self.index == 0:
+            state = self.model.begin_exits(state)
+        logits, state = self.model.forward_exit(self.index, state)
+        outputs = [logits]
+        if self.index < self.model.num_exits - 1:
+            outputs += pytree.tree_leaves(state)
+        # What is handed on unchanged or twice must be a value of its own: one name in the file cannot stand for two.
+        taken = [id(leaf) for leaf in leaves]
+        for position, output in enumerate(outputs):
+            if id(output) in taken:
+                outputs[position] = output.clone()
+            taken.append(id(output))
+        return tuple(outputs)
+
+
+@torch.no_grad()
+def onnx_segments(model: nn.Module, images: Tensor) -> Iterable[Any]:
+    """Each segment as a torch.onnx program, with inputs leaf_0... and outputs logits, next_0... and a free batch."""
+    require("onnx")
+    require("onnxscript")
+    state: State = images[:3]
+    for index in range(model.num_exits):
+        leaves, spec = pytree.tree_flatten(state)
+        leaves = tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves)
+        segment = _Segment(model, index, spec).eval()
+        dynamic = (tuple({0: torch.export.Dim("batch")} for _ in leaves),)
+        # oneDNN's choice of kernels would bind the batch to a range; the exported graph has no such kernels.
+        with _quietly(), torch.backends.mkldnn.flags(enabled=False):
+            try:
+                program = torch.export.export(segment, leaves, dynamic_shapes=dynamic)
+            except Exception as error:
+                raise ValueError(
+                    f"segment {index} of {type(model).__name__} cannot be exported with a free batch size: "
+                    f"{str(error).splitlines()[0]} (write x.shape[0] rather than len(x), and no branches on values)."
+                ) from error
+            outputs = segment(*leaves)
+            yield torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=_OPSET,
+                input_names=leaf_names(len(leaves)),
+                output_names=["logits", *(f"next_{i}" for i in range(len(outputs) - 1))],
+                verbose=False,
+                # onnxscript's rewriting got attention with random features wrong; the runtimes optimise themselves.
+                optimize=False,
+            )
+        if index < model.num_exits - 1:
+            state = model.begin_exits(state) if index == 0 else state
+            _, state = model.forward_exit(index, state)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporters' remarks on their own progress."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

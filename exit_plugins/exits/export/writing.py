@@ -1,0 +1,95 @@
+"""Writing an export: traced, put together, verified against torch, and only then put in its place."""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..adaptive import ExitOutput, inference_copy
+from ..files import atomic_path
+from ..policy import ExitPolicy
+from .exported import ExportedAdaptiveModel, ExportedSegments, GraphRunner
+from .graph import adaptive_graph
+from .manifest import FORMATS, check_replaceable, write_manifest, written_whole
+from .runtimes import require, to_openvino
+from .tracing import onnx_segments
+from .verification import trial_images, verify_graph, verify_segments
+
+__all__ = ["export_graph", "export_segments"]
+
+
+def export_segments(
+    model: nn.Module,
+    policy: ExitPolicy,
+    folder: str | os.PathLike,
+    input_size: Sequence[int],
+    format: str = "onnx",
+) -> "ExportedAdaptiveModel":
+    """Write ``folder`` with one file per segment, the policy and a manifest; return it loaded and verified.
+
+    Args:
+        model: a multi-exit module in float32. It is copied, not changed.
+        policy: thresholds for it; another policy can be given when the folder is loaded.
+        folder: new, or an earlier export, which is replaced once the new one is verified: killed at any moment, one of
+            the two stands there complete. Other files in it stay.
+        input_size: (channels, height, width) of the images, (frames, channels, height, width) of clips; the batch
+            stays free.
+        format: ``onnx`` (run by ONNX Runtime) or ``openvino``.
+
+    Raises:
+        ImportError: the runtime is not installed.
+        ValueError: the model is not float32, the folder holds something else, or a segment's computation depends on
+            the number of samples.
+        RuntimeError: the export does not give what torch gives; nothing is written then.
+    """
+    model = _prepared(model, policy)
+    if format not in FORMATS:
+        raise ValueError(f"unknown export format {format!r}; choose one of {', '.join(FORMATS)}.")
+    folder = Path(folder)
+    check_replaceable(folder)
+    images = trial_images(model, input_size)
+    with written_whole(folder) as part:
+        segments = []
+        for index, onnx_model in enumerate(onnx_segments(inference_copy(model), images)):
+            name = f"segment_{index}.onnx"
+            onnx_model.save(part / name)
+            segments.append(name if format == "onnx" else to_openvino(part / name))
+        write_manifest(part, policy, segments, format, input_size, model)
+        verify_segments(model, ExportedSegments(part), images)
+    return ExportedAdaptiveModel(folder)
+
+
+def export_graph(
+    model: nn.Module, policy: ExitPolicy, path: str | os.PathLike, input_size: Sequence[int]
+) -> Callable[[Tensor], ExitOutput]:
+    """Write one ONNX file that runs the policy inside: nothing deeper runs for a sample that has left.
+
+    Input ``images`` (batch, C, H, W) float32; outputs ``logits`` (batch, classes), ``exit_index`` (batch,) int64 and
+    ``confidence`` (batch,). ``thresholds`` (exits,) is an optional input whose default is the policy's. After each exit
+    the state of the samples that stay is gathered inside an ``If``, so that an empty remainder runs nothing. Exits
+    beyond the policy's ``max_exit`` are not in the file.
+
+    Returns a function from images to ExitOutput that runs the file. Arguments and errors as of ``export_segments``.
+    """
+    model = _prepared(model, policy)
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, for example {path / 'model.onnx'}.")
+    images = trial_images(model, input_size)
+    with atomic_path(path) as part:
+        segments = [program.model_proto for program in onnx_segments(inference_copy(model), images)]
+        require("onnx").save(adaptive_graph(segments, policy), part)
+        verify_graph(model, policy, GraphRunner(part), images)
+    return GraphRunner(path)
+
+
+def _prepared(model: nn.Module, policy: ExitPolicy) -> nn.Module:
+    """A float32 copy on the CPU in evaluation mode."""
+    policy.check_model(model)
+    wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if wrong:
+        raise ValueError(f"exports are verified in float32; the model has {wrong.pop()}: call model.float() first.")
+    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
