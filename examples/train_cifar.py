@@ -193,13 +193,19 @@ class Run:
     def best_weights(self) -> nn.Module:
         return self.ema.module if self.ema is not None else self.model
 
+    def follow(self, step: int) -> None:
+        """Move what depends on the number of updates done."""
+        self.scheduler.step_update(step)
+        if getattr(self.model, "needs_progress", False):
+            self.model.set_progress(step / (self.args.epochs * self.steps_per_epoch))
+
     def train_epoch(self, batches: Batches) -> float:
         """One pass; mean loss. What is random in it follows from seed and epoch, so that a resumed run is the same."""
         epoch = len(self.history)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(self.args.seed * 100_003 + epoch)
         step = epoch * self.steps_per_epoch
-        self.scheduler.step_update(step)
+        self.follow(step)
         self.trained.train()
         total = torch.zeros((), device=self.device)
         for images, target in tqdm(batches, desc=f"epoch {epoch + 1}/{self.args.epochs}", leave=False, disable=None):
@@ -212,7 +218,7 @@ class Run:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
             self.optimizer.step()
             step += 1
-            self.scheduler.step_update(step)
+            self.follow(step)
             if self.ema is not None:
                 self.ema.update(self.model, step=step)
             total += loss.detach()

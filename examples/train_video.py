@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         step_on_epochs=False,
         updates_per_epoch=len(loaders[0]),
     )
+    task.follow(scheduler, epochs, len(loaders[0]))
     bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     dtype = torch.bfloat16 if bf16 else torch.float16
     autocast = (lambda: torch.autocast(device.type, dtype)) if args.amp else nullcontext

@@ -6,8 +6,10 @@ the latents, and with both.
 """
 
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -50,9 +52,12 @@ SETTINGS = {
 
 @cache
 def clips(split: str, count: int, num_frames: int, size: int) -> tuple[Tensor, Tensor]:
-    """Every clip of a split of the motion set, (N, T, C, H, W), and its class. All runs see the same ones."""
-    digits = open_dataset("digits", split)
-    motion = MotionSet(digits, count, num_frames, size, seed=["train", "test"].index(split))
+    """Every clip of a split of the motion set, (N, T, C, H, W), and its class. All runs see the same ones.
+
+    "pretrain" holds other clips of the training digits.
+    """
+    digits = open_dataset("digits", "test" if split == "test" else "train")
+    motion = MotionSet(digits, count, num_frames, size, seed=["train", "test", "pretrain"].index(split))
     transform = ClipTransform(num_frames, (3, size, size), crop_pct=1.0)
     samples = [motion[i] for i in range(count)]
     return torch.stack([transform(clip) for clip, _ in samples]), torch.tensor([target for _, target in samples])
@@ -73,21 +78,31 @@ def test(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, list[float]]:
     return found
 
 
-def train(variant: str, place: Place, folder: Path, seed: int) -> Result:
-    """Train one variant, going on from the last epoch that was finished."""
-    settings = dict(SETTINGS)
-    if place.small:
-        settings |= {"train_clips": 64, "test_clips": 32, "epochs": 2, "batch_size": 16}
-    shape = settings["num_frames"], settings["size"]
-    x, target = clips("train", settings["train_clips"], *shape)
-    torch.manual_seed(seed)
-    model = timm.create_model(
-        settings["model"], num_classes=len(CLASSES), num_frames=settings["num_frames"], **VARIANTS[variant]
-    )
-    task = MultiExitTask(model, nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor, int, int], Tensor],
+    data: tuple[Tensor, Tensor],
+    settings: dict[str, Any],
+    folder: Path,
+    seed: int,
+    measure: Callable[[], dict[str, Any]] = dict,
+    on_optimizer: Callable[[torch.optim.Optimizer], Any] = lambda optimizer: None,
+) -> list[dict[str, Any]]:
+    """Train by timm's optimizer and cosine schedule, going on from the last epoch that was finished; the epochs' log.
+
+    Args:
+        loss_of: called with a batch, its targets, and which of how many steps this is.
+        data: all samples and their targets.
+        settings: epochs, batch_size, opt, lr, weight_decay, warmup_epochs, clip_grad.
+        folder: holds the checkpoint.
+        measure: what else to log of every epoch.
+        on_optimizer: told of the optimizer before the first step.
+    """
+    x, target = data
     optimizer = create_optimizer_v2(
         model, opt=settings["opt"], lr=settings["lr"], weight_decay=settings["weight_decay"]
     )
+    on_optimizer(optimizer)
     updates = len(x) // settings["batch_size"]
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -97,7 +112,7 @@ def train(variant: str, place: Place, folder: Path, seed: int) -> Result:
         step_on_epochs=False,
         updates_per_epoch=updates,
     )
-    history: list[dict] = []
+    history: list[dict[str, Any]] = []
     checkpoint = folder / "last.pt"
     if checkpoint.is_file():
         kept = torch.load(checkpoint, weights_only=True)
@@ -109,23 +124,48 @@ def train(variant: str, place: Place, folder: Path, seed: int) -> Result:
         model.train()
         # Drawn from seed and epoch alone, so that a run that was stopped goes on as it would have.
         order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(len(x)))
+        torch.manual_seed(1000 * seed + epoch)
         losses = []
-        for step in range(updates):
-            scheduler.step_update(epoch * updates + step)
-            batch = order[step * settings["batch_size"] : (step + 1) * settings["batch_size"]]
-            loss = task(x[batch], target[batch])["loss"]
+        for number in range(updates):
+            step = epoch * updates + number
+            scheduler.step_update(step)
+            batch = order[number * settings["batch_size"] : (number + 1) * settings["batch_size"]]
+            loss = loss_of(x[batch], target[batch], step, updates * settings["epochs"])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings["clip_grad"])
             optimizer.step()
             losses.append(loss.item())
-        entry = {"loss": float(np.mean(losses)), **test(model, *clips("test", settings["test_clips"], *shape))}
+        entry = {"loss": float(np.mean(losses)), **measure()}
         entry |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
         history.append(entry)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(checkpoint, "wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}, file)
         print(f"epoch {epoch}: {entry}", flush=True)
+    return history
+
+
+def train(variant: str, place: Place, folder: Path, seed: int) -> Result:
+    """Train one variant, going on from the last epoch that was finished."""
+    settings = dict(SETTINGS)
+    if place.small:
+        settings |= {"train_clips": 64, "test_clips": 32, "epochs": 2, "batch_size": 16}
+    shape = settings["num_frames"], settings["size"]
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        settings["model"], num_classes=len(CLASSES), num_frames=settings["num_frames"], **VARIANTS[variant]
+    )
+    task = MultiExitTask(model, nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
+    history = fit(
+        model,
+        lambda x, target, step, steps: task(x, target)["loss"],
+        clips("train", settings["train_clips"], *shape),
+        settings,
+        folder,
+        seed,
+        measure=lambda: test(model, *clips("test", settings["test_clips"], *shape)),
+    )
     costs = exit_costs(model, (settings["num_frames"], 3, settings["size"], settings["size"]))
     last = history[-1]
     return {

@@ -33,7 +33,7 @@ _ON_EVERY_CARD = ("global_pool", "img_size")
 
 def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
     group = parser.add_argument_group("model")
-    what = "timm name of a multi-exit model, or local-dir:FOLDER, hf-hub:NAME"
+    what = "timm name of a multi-exit model, or local-dir:FOLDER or hf-hub:NAME, whose weights it then has"
     if positional:
         parser.add_argument("model", metavar="MODEL", help=what)
     else:
@@ -266,14 +266,16 @@ def open_model(
     if ":" not in name and not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
         raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
-    model = timm.create_model(name, pretrained=args.pretrained, **kwargs)
+    # A folder or a repository stands for its weights; the costs alone are asked for without them.
+    of_name = ":" in name and needs_weights and not args.checkpoint
+    model = timm.create_model(name, pretrained=args.pretrained or of_name, **kwargs)
     check_multi_exit(model)
     # Tables and policies remember it, so that they can build the model again.
     if ":" not in name:
         model.model_kwargs = known["model_kwargs"] or {}
     if args.checkpoint:
         _load_weights(model, name, args.checkpoint)
-    if needs_weights and not args.checkpoint and not args.pretrained and ":" not in name:
+    if needs_weights and not (args.checkpoint or args.pretrained or of_name):
         print(f"warning: {name} has random weights; give --checkpoint or --pretrained.", file=sys.stderr)
     return model.to(device_of(args)).eval()
 

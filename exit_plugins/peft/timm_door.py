@@ -32,6 +32,7 @@ from peft import LoraConfig, PeftConfig
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..timm._progress import follow_updates
 from .bottleneck import BottleneckConfig
 from .checkpoints import load_backbone
 from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
@@ -139,15 +140,14 @@ def _following_scheduler(make: Callable[..., Any]) -> Callable[..., Any]:
         per_epoch = kwargs.get("updates_per_epoch")
         if scheduler is None or not per_epoch:
             raise ValueError("without a learning-rate schedule there is no progress to follow; choose one by --sched.")
-        total, mask, step_update = epochs * per_epoch, model.attach_mask(optimizer), scheduler.step_update
+        total, mask = epochs * per_epoch, model.attach_mask(optimizer)
 
-        def follow(num_updates: int, *args: Any, **kwargs: Any) -> Any:
+        def tell(num_updates: int) -> None:
             model.set_progress(min(num_updates / total, 1.0))
             if mask is not None:
                 mask.step = num_updates
-            return step_update(num_updates, *args, **kwargs)
 
-        scheduler.step_update = follow
+        follow_updates(scheduler, per_epoch, tell)
         return scheduler, epochs
 
     return create_scheduler_v2

@@ -115,7 +115,8 @@ class WithExits(MultiExit, nn.Module):
         train: ``all``, or ``heads``: the network is frozen, and in evaluation mode at all times, so that its own
             answers stay as they are to the bit.
         heads_first: With ``train="all"``: the share of training in which the network is frozen nonetheless. The trainer
-            says how far it is by ``set_progress``.
+            says how far it is by ``set_progress``; timm's train.py by the launcher, a loop around ``MultiExitTask`` by
+            its ``follow``.
         new_classifier: Whether the network's classifier is untrained, and so learns while the rest is frozen.
 
     Raises:
@@ -159,6 +160,7 @@ class WithExits(MultiExit, nn.Module):
         self.head_hidden_size = getattr(backbone, "head_hidden_size", backbone.num_features)
         self._head = (head, head_hidden, head_drop_rate)
         self.train_mode, self.heads_first, self.new_classifier = train, heads_first, new_classifier
+        self.progress: float | None = None
         self.fused = self.grad_checkpointing = False
         self.num_classes = 0
         self.split: Split | None = Split(backbone, self.exit_names)
@@ -210,12 +212,18 @@ class WithExits(MultiExit, nn.Module):
             self.backbone.eval()
         return self
 
+    @property
+    def needs_progress(self) -> bool:
+        """Whether what learns depends on how far training is."""
+        return self.heads_first > 0 and self.train_mode == "all"
+
     def set_progress(self, progress: float) -> None:
         """Tell the model how far training is, 0 to 1: with ``heads_first``, what learns depends on it.
 
         Make the optimizer before the first call: parameters that are frozen by then are no part of timm's optimizers.
         """
-        if self.heads_first and self.train_mode == "all":
+        self.progress = progress
+        if self.needs_progress:
             frozen = progress < self.heads_first
             if frozen != self.frozen:
                 self._freeze() if frozen else self._thaw()

@@ -37,6 +37,7 @@ from .._version import __version__
 from ..exits import MultiExitLoss
 from ..exits.files import atomic_write
 from ..exits.losses import LOSS_PRESETS, ExitWeights, own_preset
+from ._progress import follow_updates
 
 __all__ = ["ExitLossOptions", "MultiExitEvaluator", "MultiExitTask", "main"]
 
@@ -63,6 +64,7 @@ _RELIED_ON = {
         "prepare_distributed",
         "setup_ema",
     ),
+    "timm.scheduler": ("create_scheduler_v2",),
     "timm.utils": ("accuracy", "get_outdir", "unwrap_model", "update_summary"),
     "timm.models": ("create_model",),
 }
@@ -273,11 +275,39 @@ class MultiExitTask(ClassificationTask):
         """Loss and last exit's logits of a batch: ``{"loss": (), "output": (B, C)}``."""
         if not self.multi_exit:
             return super().forward(input, target)
+        if self._needs_progress and unwrap_model(self.trainable_module).progress is None:
+            raise RuntimeError(
+                "what learns of this model depends on how far training is, and nobody says so: call follow(scheduler, "
+                "...) of this task once, or model.set_progress(share) at every step."
+            )
         outputs = self.trainable_module(input)
         return {
             "loss": self.exit_loss(outputs, target),
             "output": outputs if isinstance(outputs, Tensor) else outputs[-1],
         }
+
+    @property
+    def _needs_progress(self) -> bool:
+        return self.multi_exit and getattr(unwrap_model(self.trainable_module), "needs_progress", False)
+
+    def follow(self, scheduler: Any, epochs: int, updates_per_epoch: int) -> None:
+        """Tell a model that needs it (``heads_first``) how far training is, whenever timm's ``scheduler`` learns of it.
+
+        Call it once, when the optimizer has been made; other models are left alone. The launcher does.
+
+        Args:
+            scheduler, epochs: what ``timm.scheduler.create_scheduler_v2`` returned.
+            updates_per_epoch: steps of the optimizer in an epoch.
+
+        Raises:
+            ValueError: there is no schedule to follow.
+        """
+        if not self._needs_progress:
+            return
+        if scheduler is None or not updates_per_epoch:
+            raise ValueError("without a learning-rate schedule there is no progress to follow; choose one by --sched.")
+        model, total = unwrap_model(self.trainable_module), epochs * updates_per_epoch
+        follow_updates(scheduler, updates_per_epoch, lambda done: model.set_progress(min(done / total, 1.0)))
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter] | Iterator[nn.Parameter]:
         """Parameters to clip; with ``exclude_head`` (AGC) all but those of every exit's classifier."""
@@ -289,6 +319,8 @@ class MultiExitTask(ClassificationTask):
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "MultiExitTask":
         """Wrap the model in DistributedDataParallel; on the CPU, where DDP refuses device ids, without them."""
+        if self._needs_progress:  # some parameters learn later than others
+            ddp_kwargs.setdefault("find_unused_parameters", True)
         return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -520,19 +552,30 @@ def _refusing_exits(task: type[nn.Module]) -> type[nn.Module]:
 
 def _training_names(options: ExitLossOptions) -> dict[str, dict[str, Any]]:
     """What stands where, by module, while a training script runs."""
+    import timm.scheduler
     import timm.task
     import timm.utils
 
     chosen = {"exit_loss": options.preset, "exit_loss_alpha": options.alpha}
     chosen |= {"exit_loss_ce": options.ce, "exit_loss_kl": options.kl}
 
+    tasks: list[MultiExitTask] = []
+    make_scheduler = timm.scheduler.create_scheduler_v2
+
     class Task(MultiExitTask):
         exit_loss_options = options
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            tasks.append(self)
             if self.multi_exit:
                 chosen.update(_as_options(self.exit_loss, options))
+
+    def create_scheduler_v2(*args: Any, **kwargs: Any) -> Any:
+        scheduler, epochs = make_scheduler(*args, **kwargs)
+        for task in tasks:
+            task.follow(scheduler, epochs, kwargs.get("updates_per_epoch", 0))
+        return scheduler, epochs
 
     Task.__name__ = Task.__qualname__ = "MultiExitTask"
     log = _ValidationLog(timm.utils.accuracy, timm.utils.update_summary)
@@ -549,6 +592,7 @@ def _training_names(options: ExitLossOptions) -> dict[str, dict[str, Any]]:
             "ClassificationTask": Task,
             **{name: _refusing_exits(getattr(timm.task, name)) for name in others},
         },
+        "timm.scheduler": {"create_scheduler_v2": create_scheduler_v2},
         "timm.utils": {
             "accuracy": log.accuracy,
             "update_summary": log.update_summary,

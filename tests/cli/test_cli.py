@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import exit_plugins
 from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, exit_costs
@@ -229,6 +229,16 @@ def test_checkpoint_of_another_model_is_one_short_line(folder, capsys):
 def test_random_weights_are_not_passed_over_in_silence(capsys):
     assert main(["evaluate", MODEL, "--data", "digits", "--limit", "8"]) == 0
     assert f"warning: {MODEL} has random weights" in capsys.readouterr().err
+
+
+def test_a_folder_stands_for_its_weights(folder, tmp_path, capsys):
+    model = timm.create_model(MODEL, num_classes=10)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    exit_plugins.timm.save_for_hf(model, tmp_path / "saved")
+    words = ["evaluate", f"local-dir:{tmp_path / 'saved'}", *DATA, "--save-table", str(tmp_path / "table.npz")]
+    assert main(words) == 0 and "random weights" not in capsys.readouterr().err
+    found, expected = (ExitTable.load(path / "table.npz") for path in (tmp_path, folder))
+    np.testing.assert_array_equal(found.confidence, expected.confidence)
 
 
 def test_traceback_is_shown_when_asked_for():

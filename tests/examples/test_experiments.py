@@ -84,3 +84,23 @@ def test_differences_are_paired_by_seed():
     mean, error = base.paired(first, second)
     assert mean == pytest.approx(0.15) and error == pytest.approx(0.05)
     assert base.paired(first, [result("b", 7, 0.3)]) is None
+
+
+@pytest.mark.parametrize("form", ["tokens", "frames"])
+def test_adapters_with_and_without_exits_are_of_one_network(form, tmp_path):
+    pytest.importorskip("transformers")
+    import motion_peft
+
+    place = base.Place(tmp_path, tmp_path, tmp_path, small=True)
+    plain, dyn = (
+        motion_peft.train(method, form, place, tmp_path / f"{method}-{form}", 0) for method in ("plain", "dyn")
+    )
+    # Counted by two ways, and of two models: the dynamic one has early heads besides.
+    assert plain["exits"][0]["macs"] == pytest.approx(dyn["plain_macs"])
+    assert len(dyn["exits"]) == 4 and dyn["exits"][-1]["macs"] > dyn["plain_macs"]
+    assert all(point["cost"] <= point["share"] + 1e-6 for point in dyn["budgets"][2:])
+    results = [
+        {"variant": f"{method}-{form}", "seed": 0, **result} for method, result in (("plain", plain), ("dyn", dyn))
+    ]
+    text = motion_peft.section(results, tmp_path)
+    assert f"{100 * plain['exits'][0]['accuracy']:.1f}" in text and "**Not shown.**" in text

@@ -508,6 +508,59 @@ def test_models_that_do_not_fit_are_refused_before_training(script, tmp_path):
     assert train.main([*common, "--model", "test_resnet"]) == 0
 
 
+FOLLOWED = """
+import sys
+import torch
+from timm.models import create_model
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+
+resumed, sched, output = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.manual_seed(0)
+model = create_model("with_exits", backbone="test_resnet", exits=3, num_classes=3, heads_first=0.5)
+task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), device=torch.device("cpu"))
+optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1)
+scheduler, epochs = create_scheduler_v2(optimizer, sched=sched, num_epochs=4, warmup_epochs=0, updates_per_epoch=2)
+if resumed:
+    scheduler.step(resumed)
+moved = []
+for epoch in range(resumed, epochs):
+    for update in range(2):
+        before = [p.detach().clone() for p in (model.backbone.conv1[0].weight, model.heads[0].fc.weight)]
+        task.get_trainable_module().train()
+        loss = task(torch.randn(4, 3, 64, 64), torch.arange(4) % 3)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after = model.backbone.conv1[0].weight, model.heads[0].fc.weight
+        moved.append("".join(str(int(not torch.equal(b, a))) for b, a in zip(before, after)))
+        scheduler.step_update(num_updates=epoch * 2 + update + 1, metric=None)
+    scheduler.step(epoch + 1, None)
+open(output, "w").write(" ".join(moved))
+"""
+
+
+def test_heads_first_follows_the_scripts_updates_also_when_resumed(tmp_path):
+    (tmp_path / "train.py").write_text(FOLLOWED)
+    for resumed, expected in ((0, "01 01 01 01 11 11 11 11"), (1, "01 01 11 11 11 11"), (2, "11 11 11 11")):
+        train.main([str(tmp_path / "train.py"), str(resumed), "cosine", str(tmp_path / "moved")])
+        assert (tmp_path / "moved").read_text() == expected  # whether the network moved, and whether a head did
+    with pytest.raises(ValueError, match="no progress to follow; choose one by --sched"):
+        train.main([str(tmp_path / "train.py"), "0", "none", str(tmp_path / "moved")])
+
+
+def test_progress_that_nobody_tells_is_no_silent_training_of_everything():
+    model = timm.create_model("with_exits", backbone="test_resnet", exits=3, num_classes=3, heads_first=0.5)
+    task = MultiExitTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    x, target = torch.randn(4, 3, 64, 64), torch.arange(4) % 3
+    with pytest.raises(RuntimeError, match="how far training is"):
+        task(x, target)
+    model.set_progress(0.0)
+    task(x, target)["loss"].backward()
+    assert model.backbone.conv1[0].weight.grad is None and model.heads[0].fc.weight.grad is not None
+
+
 # --- the doors, with timm's scripts ----------------------------------------------------------------------------------
 
 SCRIPTS = Path(os.environ.get("TIMM_SCRIPTS", ""))
@@ -568,6 +621,19 @@ def test_train_py_on_every_architecture_then_resume_by_yaml(name, data, tmp_path
     last = tmp_path / "a" / "run" / "last.pth.tar"
     train.main([script, *arguments, "-c", str(tmp_path / "config.yaml"), "--resume", str(last)])
     assert summary(tmp_path / "b" / "run")["epoch"] == 1
+
+
+@needs_scripts
+def test_train_py_trains_heads_first(data, tmp_path):
+    """Half of four epochs heads alone: the network's batch norms have counted the batches of the other half."""
+    arguments = options(data, tmp_path, "with_exits")
+    arguments[arguments.index("--epochs") + 1] = "4"
+    kwargs = ["--model-kwargs", "backbone=test_resnet", "exits=3", "heads_first=0.5", "--input-size", "3", "32", "32"]
+    train.main([str(SCRIPTS / "train.py"), *arguments, *kwargs])
+    weights = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)["state_dict"]
+    counts = {k: int(v) for k, v in weights.items() if k.endswith("num_batches_tracked")}
+    assert counts and {v for k, v in counts.items() if k.startswith("backbone.")} == {12}
+    assert {v for k, v in counts.items() if k.startswith("heads.")} == {24}
 
 
 @needs_scripts
