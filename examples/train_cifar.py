@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from exit_plugins import MultiExitLoss, anytime_curve, budgeted_curve, collect_exits, exit_costs
 from exit_plugins.exits import plots
 from exit_plugins.exits.files import atomic_write
-from exit_plugins.exits.losses import LOSS_PRESETS
+from exit_plugins.exits.losses import LOSS_PRESETS, ExitWeights
 from exit_plugins.timm import list_models, save_for_hf
 from exit_plugins.timm.data import ImageView, open_dataset, open_splits
 
@@ -58,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained-path", type=Path, help="start from the weights in this file, in timm's layout")
     parser.add_argument("--input-size", type=int, help="images are scaled to this many pixels (default: the model's)")
     parser.add_argument("--exit-loss", choices=tuple(LOSS_PRESETS), help="default: the model's own")
+    parser.add_argument("--exit-weights", type=float, nargs="+", help="of the exits' cross-entropies; no other loss")
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--opt", default="adamw")
@@ -173,7 +174,10 @@ class Run:
         ).to(device)
         self.model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU too
         self.trained = torch.compile(self.model) if args.compile else self.model
-        self.loss = MultiExitLoss.for_model(self.model, args.exit_loss, label_smoothing=args.smoothing)
+        weights = args.exit_weights and ExitWeights(tuple(args.exit_weights), (0.0,) * len(args.exit_weights))
+        self.loss = MultiExitLoss.for_model(
+            self.model, args.exit_loss, label_smoothing=args.smoothing, weights=weights or None
+        )
         self.optimizer = create_optimizer_v2(
             self.model, args.opt, lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay
         )

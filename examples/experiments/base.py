@@ -25,12 +25,14 @@ for folder in (EXAMPLES, EXAMPLES / "benchmarks"):  # the examples are scripts, 
 
 import train_cifar  # noqa: E402
 from timing import machine  # noqa: E402
+from torch import nn  # noqa: E402
 
 from exit_plugins import ExitTable, budgeted_curve  # noqa: E402
 from exit_plugins.exits import plots  # noqa: E402
 from exit_plugins.exits.files import atomic_write  # noqa: E402
 from exit_plugins.exits.risk import certify  # noqa: E402
 from exit_plugins.exits.thresholds import policy_path  # noqa: E402
+from exit_plugins.timm.data import open_splits  # noqa: E402
 from exit_plugins.timm.weights import packaged_weights  # noqa: E402
 
 # Options of train_cifar.py that leave only crops and mirrors of its augmentation: schedules are too short for more.
@@ -88,9 +90,10 @@ class Training:
         if self.model_kwargs:
             words += ["--model-kwargs", *(f"{name}={value}" for name, value in self.model_kwargs.items())]
         for name, value in options.items():
-            words += (
-                ([f"--{name}"] if value else [f"--no-{name}"]) if isinstance(value, bool) else [f"--{name}", str(value)]
-            )
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return words
 
     def __call__(self, place: Place, output: Path, seed: int) -> Result:
@@ -118,6 +121,13 @@ class Training:
             ],
             **{name: analysis(tested, macs) for name, analysis in self.analyses.items()},
         }
+
+
+def test_batches(place: Place, data: str, model: nn.Module, size: int) -> train_cifar.Batches:
+    """The test images of a data set as the runs see them: of ``size`` pixels, normalised for ``model``."""
+    view = open_splits(str(place.data / data), None, seed=0, calibration=0).test
+    options = SimpleNamespace(batch_size=100, randaug=0, reprob=0, mixup=0, cutmix=0)
+    return train_cifar.Batches(train_cifar.load_split(view, size, torch.device("cpu"), "test"), model, options)
 
 
 def write_packaged_weights(name: str, path: Path) -> None:
@@ -305,6 +315,24 @@ def exits_table(results: Sequence[Result], names: Mapping[str, str] | None = Non
         rows.append([(names or {}).get(variant, variant), *cells, macs, len(group)])
     header = ["", *(f"exit {i + 1}" for i in range(most)), "MACs (M)", "seeds"]
     return table(header, rows)
+
+
+def certificates(groups: Mapping[str, Sequence[Result]]) -> str:
+    rows = []
+    for variant, group in groups.items():
+        found = group[0]["certified"]
+        for method in ("ucb", "ltt"):
+            one = found[method]
+            figures = percent(one["disagreement"]), percent(one["exceeded"]), f"{one['speed_up']:.2f}x"
+            rows.append([variant, method.upper(), *figures])
+    head = next(iter(groups.values()))[0]["certified"]
+    words = (
+        f"Policies certified to differ from the last exit on at most {percent(head['epsilon'])} % of the images, with "
+        f"probability {percent(1 - head['delta'])} %, over {head['resplits']} random divisions of the test images "
+        "(solved on a quarter, certified on a quarter, measured on the rest):\n\n"
+    )
+    header = ["", "method", "differ (%)", "bound exceeded in (%) of the divisions", "MACs saved"]
+    return words + table(header, rows)
 
 
 def draw_budgets(

@@ -11,11 +11,11 @@ from base import (
     Training,
     budgets,
     by_variant,
+    certificates,
     certified,
     draw_budgets,
     exits_table,
     percent,
-    table,
     verdict,
 )
 
@@ -60,24 +60,6 @@ def upper_half_gains(chase: list[dict], msdnet: list[dict]) -> list[float]:
     costs = np.linspace((low + high) / 2, high, 5)
     ours, theirs = (np.interp(costs, *curve) for curve in curves)
     return (ours - theirs).tolist()
-
-
-def certificates(groups: dict[str, list[Result]]) -> str:
-    rows = []
-    for variant, group in groups.items():
-        found = group[0]["certified"]
-        for method in ("ucb", "ltt"):
-            one = found[method]
-            figures = percent(one["disagreement"]), percent(one["exceeded"]), f"{one['speed_up']:.2f}x"
-            rows.append([variant, method.upper(), *figures])
-    head = next(iter(groups.values()))[0]["certified"]
-    words = (
-        f"Policies certified to differ from the last exit on at most {percent(head['epsilon'])} % of the images, with "
-        f"probability {percent(1 - head['delta'])} %, over {head['resplits']} random divisions of the test images "
-        "(solved on a quarter, certified on a quarter, measured on the rest):\n\n"
-    )
-    header = ["", "method", "differ (%)", "bound exceeded in (%) of the divisions", "MACs saved"]
-    return words + table(header, rows)
 
 
 EXPERIMENT = Experiment(

@@ -28,7 +28,20 @@ if str(HERE) not in sys.path:
 from base import ROOT, Experiment, Place, Run  # noqa: E402
 from results_page import write_report  # noqa: E402
 
-EXPERIMENTS = ("lite0", "branches", "components", "dvt", "chase", "motion", "motion_peft", "bccd")
+EXPERIMENTS = (
+    "lite0",
+    "lite0_cifar",
+    "branches",
+    "components",
+    "dvt",
+    "chase",
+    "motion",
+    "motion_peft",
+    "bccd",
+    "vit",
+    "adapters",
+    "clock",  # of the networks trained before, and best alone on the machine
+)
 
 # One thread a run, and a C library that keeps freed memory: activations are asked for anew at every step, and giving
 # them back to the system in between takes a quarter of the time.

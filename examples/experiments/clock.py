@@ -1,0 +1,213 @@
+"""Accuracy over measured milliseconds: the networks of ``lite0`` and ``lite0_cifar`` against each other.
+
+MACs are a promise; this is what the clock says of it. Every network runs in its form for inference on the same test
+images, in PyTorch and in OpenVINO, one image at a time and 32, one thread, all of them interleaved, so that whatever
+else the machine does touches all alike. Decoding and scaling of the images are left out, a cascade's own scaling is in.
+Run it on a machine that does nothing else: ``make experiments ONLY=clock JOBS=1``.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lite0
+import lite0_cifar
+import numpy as np
+import torch
+from base import Experiment, Place, Result, Run, by_variant, percent, table, test_batches, verdict
+from lite0 import Field, frontier, gains_in_the_middle
+from matplotlib.figure import Figure
+from timing import interleaved
+from torch import Tensor, nn
+from train_cifar import Batches
+
+from exit_plugins import AdaptiveModel, ExitPolicy, collect_exits, exit_costs, solve_thresholds
+from exit_plugins.exits import plots
+from exit_plugins.exits.adaptive import inference_copy
+from exit_plugins.exits.evaluation import evaluate_policy
+from exit_plugins.exits.export import ExportedAdaptiveModel, export_segments
+
+FIELDS = {field.data: field for field in (lite0.FIELD, lite0_cifar.FIELD)}
+ENGINES = {"torch": "PyTorch", "openvino": "OpenVINO"}
+BATCHES = (1, 32)
+IMAGES = 192
+ROUNDS = 5
+POLICIES = 6
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One network: its points are its policies, (accuracy on the images that solved none of them, mean MACs)."""
+
+    name: str
+    static: bool
+    model: nn.Module
+    images: Tensor
+    policies: list[tuple[ExitPolicy, float, float]]
+
+
+def contenders(field: Field, place: Place, seed: int) -> list[Contender]:
+    """Every network of the field that is trained, with policies solved on one half of the test images."""
+    found = []
+    batches: dict[int, Batches] = {}
+    for variant in field.variants():
+        sizes = tuple(int(word) for word in variant.split("_")[1:] if word.isdigit())
+        try:
+            if variant.startswith("cascade"):
+                model = field.networks_in_cascade(sizes, place, seed)
+            else:
+                model = field.trained(place, variant, seed)
+        except SystemExit as missing:
+            print(f"left out: {variant}, {missing}")
+            continue
+        size = sizes[-1] if sizes else field.size
+        if size not in batches:
+            batches[size] = test_batches(place, field.data, model, size)
+        tested = collect_exits(model, batches[size])
+        macs = exit_costs(model, (3, size, size)).macs
+        fitted, measured = tested.split(0.5, seed)
+        if variant.startswith("cut"):
+            policies = [ExitPolicy([-np.inf] * model.num_exits, costs=macs)]
+        elif model.num_exits == 1:
+            policies = [ExitPolicy([-np.inf], costs=macs)]
+        else:
+            asked = np.linspace(macs[0], macs[-1], POLICIES + 1)[1:]
+            policies = [solve_thresholds(fitted, macs, budget=budget, model=model) for budget in asked]
+        points = [(policy, evaluate_policy(policy, measured, macs)) for policy in policies]
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(tested))[-IMAGES:])  # of the measured half
+        images = torch.cat([images for images, _ in batches[size]])[chosen]
+        found.append(
+            Contender(
+                variant, len(policies) == 1, model, images, [(policy, r.accuracy, r.cost) for policy, r in points]
+            )
+        )
+    return found
+
+
+def runner(engine: str, contender: Contender, policy: ExitPolicy, folder: Path) -> nn.Module:
+    """The network under a policy, ready to answer, in an engine. Exported once into ``folder``."""
+    if engine == "torch" and contender.model.num_exits == 1:
+        return inference_copy(contender.model.to(memory_format=torch.channels_last))  # as its users run it
+    if engine == "torch":
+        return AdaptiveModel(contender.model.to(memory_format=torch.channels_last), policy, fuse=True)
+    if not folder.is_dir():
+        export_segments(contender.model, policy, folder, tuple(contender.images.shape[1:]), "openvino")
+    return ExportedAdaptiveModel(folder, policy=policy, threads=torch.get_num_threads())
+
+
+@torch.inference_mode()
+def over(model: nn.Module, images: Tensor, batch: int) -> None:
+    for part in images.split(batch):
+        model(part)
+
+
+def measure(data: str, place: Place, folder: Path, seed: int) -> Result:
+    """Time every point of every network; milliseconds per image."""
+    field = FIELDS[data]
+    found = contenders(field, place, seed)
+    if len(found) < 3:
+        raise SystemExit(f"fewer than three networks of {field.name} are trained; run that experiment first.")
+    points: list[dict[str, Any]] = []
+    for engine in ENGINES:
+        with tempfile.TemporaryDirectory() as exported:
+            for batch in BATCHES:
+                runs: dict[str, Callable[[], None]] = {}
+                about: dict[str, dict[str, Any]] = {}
+                for one in found:
+                    for index, (policy, accuracy, macs) in enumerate(one.policies):
+                        model = runner(engine, one, policy, Path(exported) / one.name)
+                        key = f"{one.name} {index}"
+                        images = one.images[: batch * 2] if place.small else one.images
+                        runs[key] = partial(over, model, images, batch)
+                        about[key] = {"name": one.name, "static": one.static, "accuracy": accuracy, "macs": macs}
+                times = interleaved(runs, 1 if place.small else ROUNDS)
+                for key, seconds in times.items():
+                    milliseconds = 1e3 * seconds / (batch * 2 if place.small else IMAGES)
+                    low, median, high = np.percentile(milliseconds, [25, 50, 75])
+                    spent = {"ms": float(median), "iqr_ms": float(high - low)}
+                    points.append({"engine": engine, "batch": batch, **about[key], **spent})
+    return {"settings": {"images": IMAGES, "rounds": ROUNDS, "data": data, "field": field.name}, "points": points}
+
+
+def curves(result: Result, engine: str, batch: int, cost: str = "ms") -> dict[str, np.ndarray]:
+    """Cost and accuracy (2, N) of every dynamic network, and of ``static``: all rivals together."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for point in result["points"]:
+        if (point["engine"], point["batch"]) == (engine, batch):
+            points.setdefault("static" if point["static"] else point["name"], []).append(
+                (point[cost], point["accuracy"])
+            )
+    return {name: np.array(sorted(found)).T for name, found in points.items()}
+
+
+def draw(result: Result, path: Path) -> None:
+    """One panel for each engine and batch size."""
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    axes = figure.subplots(len(ENGINES), len(BATCHES))
+    for row, engine in zip(axes, ENGINES, strict=True):
+        for panel, batch in zip(row, BATCHES, strict=True):
+            found = curves(result, engine, batch)
+            for name, (ms, accuracy) in found.items():
+                if name == "static":
+                    panel.plot(ms, 100 * accuracy, linestyle="", marker="s", color="0.4", label="static networks")
+                    best_ms, best = frontier(list(zip(ms, accuracy, strict=True)))
+                    panel.plot(best_ms, 100 * best, linestyle="--", color="0.4")
+                else:
+                    panel.plot(ms, 100 * accuracy, marker="o", label=name.replace("_", " "))
+            panel.set_title(f"{ENGINES[engine]}, batch {batch}")
+            panel.set_xlabel("milliseconds per image")
+            panel.set_ylabel("test accuracy (%)")
+    axes[0][0].legend(frameon=False, loc="lower right")
+    plots.save(figure, path)
+
+
+def section(results: list[Result], pictures: Path) -> str:
+    text = []
+    for data, (result, *_) in by_variant(results).items():
+        draw(result, pictures / f"{data}.png")
+        text.append(f"![{data}: accuracy over measured milliseconds per image](results/clock/{data}.png)\n")
+        rows, least = [], []
+        for engine in ENGINES:
+            for batch in BATCHES:
+                found = curves(result, engine, batch)
+                rivals = frontier(list(zip(*found.pop("static"), strict=True)))
+                gains = {name: gains_in_the_middle(curve, rivals) for name, curve in found.items()}
+                gains = {name: gain for name, gain in gains.items() if gain is not None}
+                least.append(max(gain.min() for gain in gains.values()))
+                for name, gain in gains.items():
+                    rows.append(
+                        [
+                            ENGINES[engine],
+                            batch,
+                            name,
+                            percent(gain.min(), sign=True),
+                            percent(gain.mean(), sign=True),
+                            percent(gain.max(), sign=True),
+                        ]
+                    )
+        text.append(
+            f"{data}: accuracy in points above the best static network of the same time per image, over the middle "
+            "half of the range both cover:\n"
+        )
+        text.append(table(["", "batch", "", "least", "mean", "most"], rows))
+        above = least[0] > 0
+        text.append(
+            verdict(
+                True if above else None,
+                f"{data}: one image at a time in PyTorch, {'a' if above else 'no'} dynamic network is above every "
+                "static one in the whole middle half of the range.",
+            )
+        )
+    return "\n".join(text)
+
+
+EXPERIMENT = Experiment(
+    name="clock",
+    title="On the clock",
+    claim="What early exits save in MACs they save in milliseconds.",
+    runs=[Run(data, 0, partial(measure, data)) for data in FIELDS],
+    section=section,
+)

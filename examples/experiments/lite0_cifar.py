@@ -1,0 +1,13 @@
+"""The same field as ``lite0`` on CIFAR-100 whole, its images enlarged to 96 pixels. One seed."""
+
+from lite0 import CLAIM, Field
+
+FIELD = Field(
+    "lite0_cifar",
+    data="cifar100",
+    options={"epochs": 8, "warmup-epochs": 1, "batch-size": 64},
+    size=96,
+    sizes=(64, 48, 80, 128),
+    cascades=((48, 96), (64, 96), (48, 64, 96)),
+)
+EXPERIMENT = FIELD.experiment("A pretrained network with exits, against every static one: CIFAR-100", CLAIM, seeds=1)
