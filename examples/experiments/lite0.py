@@ -111,7 +111,7 @@ class Field:
         }
 
     def networks_in_cascade(self, sizes: tuple[int, ...], place: Place, seed: int) -> nn.Module:
-        members = [self.trained(place, f"plain_{size}", seed) for size in sizes]
+        members = [self.trained(place, f"plain_{size}", seed).backbone for size in sizes]
         return cascade(members, sizes=sizes).eval()
 
     def trained(self, place: Place, variant: str, seed: int) -> nn.Module:
