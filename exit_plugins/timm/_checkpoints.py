@@ -210,10 +210,14 @@ class WholeOrPart:
             cache_dir: Of downloads.
             features: Of ``FEATURE_ARGUMENTS`` those that were given.
         """
+        # Where the configuration fixes a size, timm records that one, whatever size the networks inside were built for.
+        built_for = getattr(model, "_traits", {}).get("img_size")
+        size = {} if built_for is None else {"img_size": built_for}
         model = build_model_with_cfg(
             lambda **_: model,
             variant,
             self.pretrained and self.whole,
+            **size,
             pretrained_cfg={**cfg, **self.given, **(self.overlay if self.whole else {})},
             feature_cfg=dict(out_indices=tuple(range(len(model.feature_info))), feature_cls="getter"),
             cache_dir=cache_dir,

@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 from timm.data import resolve_data_config
+from timm.models._input import get_model_input_config
 from torch import nn
 
 from ..exits.clips import sample_size
@@ -102,6 +103,8 @@ def input_config(
     """
     config = resolve_data_config({} if crop_pct is None else {"crop_pct": crop_pct}, model=model)
     channels = describe_model(model)["in_chans"] or config["input_size"][0]
+    if input_size is None:  # timm's preprocessing is of the size the weights are from, not that the model was built for
+        input_size = get_model_input_config(model)["input_size"][-2:]
     size = tuple(config["input_size"] if input_size is None else input_size)
     if input_size is not None and len(size) == 3 and size[0] != channels:
         raise ValueError(f"the model reads images of {channels} channels, an input size of {size[0]} was asked for.")

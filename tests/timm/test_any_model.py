@@ -14,6 +14,7 @@ from torch import nn
 from exit_plugins import AdaptiveModel, ExitPolicy, add_exits, exit_costs
 from exit_plugins.exits.protocol import select_samples
 from exit_plugins.timm import save_for_hf
+from exit_plugins.timm.images import input_config
 from exit_plugins.timm.split import Split, find_cuts, place_cuts, pool_features
 
 # One of each kind of state and of layout, made small.
@@ -327,3 +328,19 @@ def test_state_keeps_its_layout(resnet):
     model = add_exits(resnet, exits=3).eval().to(memory_format=torch.channels_last)
     _, state = model.forward_exit(0, model.begin_exits(images(4).contiguous(memory_format=torch.channels_last)))
     assert select_samples(state, torch.tensor([0, 2]))[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("by_name", (True, False), ids=("registry", "add_exits"))
+def test_a_network_built_for_another_size_is_counted_saved_and_read_at_that_size(by_name, tmp_path):
+    given = {"img_size": 48, "num_classes": 5}
+    if by_name:
+        model = timm.create_model("with_exits", backbone="test_vit", exits=2, **given).eval()
+    else:
+        model = add_exits(timm.create_model("test_vit", **given), exits=2).eval()
+    assert input_config(model)["input_size"] == (3, 48, 48)
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert input_config(again)["input_size"] == (3, 48, 48)
+    images = torch.randn(2, 3, 48, 48)
+    for ours, theirs in zip(model.forward_exits(images), again.forward_exits(images), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
