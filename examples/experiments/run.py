@@ -31,9 +31,6 @@ from results_page import write_report  # noqa: E402
 EXPERIMENTS = (
     "lite0",
     "lite0_cifar",
-EXPERIMENTS = (
-    "lite0",
-    "lite0_cifar",
     "branches",
     "components",
     "dvt",
@@ -43,27 +40,7 @@ EXPERIMENTS = (
     "bccd",
     "vit",
     "adapters",
-    "clock",  # of the networks trained before, and best alone on the machine
-)
-    "branches",
-    "components",
-    "dvt",
-    "chase",
-    "motion",
-EXPERIMENTS = (
-    "lite0",
-    "lite0_cifar",
-    "branches",
-    "components",
-    "dvt",
-    "chase",
-    "motion",
-    "motion_peft",
-    "bccd",
-    "vit",
-    "adapters",
-    "clock",  # of the networks trained before, and best alone on the machine
-)
+    "clock",  # of networks trained before, and best alone on the machine
 )
 
 # One thread a run, and a C library that keeps freed memory: activations are asked for anew at every step, and giving
