@@ -1,30 +1,37 @@
-"""Classify images or clips under a policy: label, confidence, exit taken and time of each.
+"""Classify images or clips under a policy, from one picture to as many as there are: label, confidence, exit, MACs.
 
-What the model reads decides: images, or video files for a model of clips. Every one is run alone, as a service would,
-so the time is what it took to reach its exit. The model is the one the policy was made for. Rows are printed as they
-come; a file that cannot be read is named on stderr, the others go on, and the exit status is then 1.
+What the model reads decides: images, or video files for a model of clips. They may be files, folders, patterns
+('photos/**/*.jpg'), lists (one path a line in a .txt file, or - for standard input) and tar shards as webdataset writes
+them ('shards/{000..099}.tar'). The model is the one the policy was made for, or an export of it (--export). Rows are
+printed as they come; a file that cannot be read is named on stderr, the others go on, and the exit status is then 1.
 
-example:
+With --output rows go to a file that is there once all are answered. A run that was killed is gone on with by --resume
+and the same options, and ends with the same file.
+
+examples:
   exit-plugins predict photos/*.jpg --policy policy.json --checkpoint model.safetensors --class-names names.txt
+  find /data -name '*.jpg' | exit-plugins predict - --policy policy.json --checkpoint model.safetensors \\
+      --batch-size 64 --workers 4 --output answers.csv --resume
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
-from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from ..exits.adaptive import AdaptiveModel
 from ..exits.policy import ExitPolicy, weights_digest
-from ..timm.clips import VIDEO_EXTENSIONS, ClipTransform, VideoFile
-from ..timm.images import EXTENSIONS, MODES, UnreadableImage, read_image
-from .common import add_json_argument, amount
+from ..timm.images import UnreadableImage
+from ..timm.predictor import PREDICT_MODES, Predictor, spoken_names
+from ..timm.sources import Item, check_sources, iterate_images
+from .common import add_json_argument, amount, percent
 from .models import (
     add_force_argument,
     add_model_arguments,
@@ -32,14 +39,20 @@ from .models import (
     data_config,
     known_model,
     model_classes,
+    number,
     open_model,
+    whole,
 )
+from .rows import ENDINGS, FORMATS, Journal, make_format, print_line
 from .tables import check_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="FILE", help="image or video files, or folders of them")
-    parser.add_argument("--policy", required=True, metavar="FILE", help="policy file written by solve")
+    parser.add_argument(
+        "images", nargs="+", metavar="FILE", help="image or video files, folders, patterns, lists, tar shards, or -"
+    )
+    parser.add_argument("--policy", metavar="FILE", help="policy file written by solve (default: the export's)")
+    parser.add_argument("--export", metavar="FOLDER", help="run this export, written by exit-plugins export")
     add_model_arguments(parser, positional=False)
     parser.add_argument(
         "--class-names",
@@ -47,126 +60,268 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text file with one class a line, or data as in --data, for its classes (default: the policy's)",
     )
     parser.add_argument("--data-dir", metavar="DIR", help="where timm data sets lie")
+    group = parser.add_argument_group("how it is run")
+    group.add_argument("--mode", choices=PREDICT_MODES, default="fused", help="(default: %(default)s)")
+    group.add_argument(
+        "--batch-size",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="images at a time (default: %(default)s, as a service would: then the time is what each took to its exit)",
+    )
+    group.add_argument("--workers", type=whole(0), default=0, metavar="N", help="processes that read (default: 0)")
+    group = parser.add_argument_group("what is answered")
+    group.add_argument("--top-k", type=whole(1), default=1, metavar="K", help="also the K likeliest classes")
+    group.add_argument(
+        "--reject",
+        type=number(0, 1),
+        metavar="CONFIDENCE",
+        help='below it at the last exit the answer is "unsure", and counted',
+    )
+    group.add_argument("--format", choices=FORMATS, help="of the rows (default: by the ending of --output, or text)")
+    group.add_argument("-o", "--output", metavar="FILE", help="write the rows there instead of printing them")
+    group.add_argument("--resume", action="store_true", help="go on with what a killed run left beside --output")
+    group.add_argument("--no-progress", action="store_true", help="no progress bar (there is one with --output)")
     add_force_argument(parser)
     add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    policy = ExitPolicy.load(args.policy)
-    shown, args.class_names = class_names_of(args), None  # names to print, whatever the policy calls the classes
-    known = known_model(args, policy)
-    if args.model is None and known["architecture"] is None:
-        raise ValueError("this policy does not say what model it is for; give --model.")
-    model = open_model(args, known)
-    policy.check_model(model)
-    check_weights(policy, weights_digest(model), args.force)
-    names = _names(model, known, shown)
-    answers = _Answers(model, policy, data_config(args, model, known), names)
-    paths = _files(args.images, answers.kind)
-    rows = answers.of(paths)
+    form = _form(args)
+    predictor = _open_predictor(args)
+    check_sources(args.images, predictor.read.endings, predictor.kind)
+    if args.output:
+        return _to_file(args, predictor, form)
+    answers = _Answers(args, predictor, warm=True)
     if args.json:
-        _print_json(rows)
+        _print_json(answers, predictor.kind)
     else:
-        _print_rows(rows, answers.kind, paths, names, policy.num_exits)
+        rows = make_format(
+            form, predictor.kind, predictor.classes, predictor.policy.num_exits, args.top_k, timed=form == "text"
+        )
+        for number_, row in enumerate(answers.rows()):
+            if form != "text":
+                row.pop("seconds")
+            print_line(rows.head * (number_ == 0) + rows.line(row))
     return 1 if answers.failed else 0
 
 
+def _form(args: argparse.Namespace) -> str:
+    """The form of the rows; ValueError for options that mean nothing together."""
+    if args.resume and not args.output:
+        raise ValueError("--resume goes on with a file; give --output.")
+    if args.json and (args.format or args.output):
+        raise ValueError("--json prints one list; for a file or a stream of rows give --format jsonl.")
+    ending = "." + args.output.rpartition(".")[2].lower() if args.output else ""
+    form = args.format or ENDINGS.get(ending, "text")
+    if form == "parquet" and not args.output:
+        raise ValueError("parquet is a file, not a stream; give --output.")
+    if args.policy is None and args.export is None:
+        raise ValueError("give --policy, or --export with a folder that holds one.")
+    if args.export and (args.model or args.checkpoint or args.pretrained):
+        raise ValueError("--export is the model and its weights; leave out --model, --checkpoint and --pretrained.")
+    return form
+
+
+def _open_predictor(args: argparse.Namespace) -> Predictor:
+    shown, args.class_names = class_names_of(args), None  # names to print, whatever the policy calls the classes
+    if args.export:
+        from ..exits.export import ExportedSegments
+
+        model = ExportedSegments(args.export)
+        policy = ExitPolicy.load(args.policy or model.folder / "policy.json")
+        known = known_model(args, policy)
+    else:
+        policy = ExitPolicy.load(args.policy)
+        known = known_model(args, policy)
+        if args.model is None and known["architecture"] is None:
+            raise ValueError("this policy does not say what model it is for; give --model.")
+        model = open_model(args, known)
+    policy.check_model(model)
+    check_weights(policy, weights_digest(model), args.force)
+    if shown is not None and len(shown) != model.num_classes:
+        raise ValueError(f"--class-names names {len(shown)} classes, the model has {model.num_classes}.")
+    names = shown or spoken_names(model, model_classes(model, known))
+    return Predictor(
+        model, policy, data_config(args, model, known), names, mode=args.mode, top_k=args.top_k, reject=args.reject
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and answering
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Batch(NamedTuple):
+    """Images read: the name of each, what was wrong with it if something was, and the pixels of the others."""
+
+    paths: list[str]
+    errors: list[str | None]
+    pixels: torch.Tensor | None
+
+
+class _Files(Dataset):
+    """What a loader reads when its "indices" are the items themselves: no list of all of them is needed anywhere."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.read = predictor.read
+
+    def __getitems__(self, items: list[Item]) -> _Batch:
+        errors: list[str | None] = []
+        pixels = []
+        for item in items:
+            error = item.error
+            if error is None:
+                try:
+                    content = item.path if item.content is None else item.content
+                    pixels.append(self.read(content, item.path))
+                except UnreadableImage as unreadable:
+                    error = str(unreadable)
+            errors.append(error)
+        return _Batch([item.path for item in items], errors, torch.stack(pixels) if pixels else None)
+
+
+def _unchanged(batch: _Batch) -> _Batch:
+    return batch
+
+
 class _Answers:
-    """Classifies files one by one."""
+    """Runs through the images, batch by batch, from the ``skip``-th on."""
 
-    def __init__(self, model: nn.Module, policy: ExitPolicy, config: dict[str, Any], names: Sequence[str]) -> None:
-        self.adaptive = AdaptiveModel(model, policy)
-        self.kind = "clip" if len(config["input_size"]) == 4 else "image"
-        channels = config["input_size"][-3]
-        if channels not in MODES:
-            raise ValueError(f"{self.kind}s have 1 or 3 channels, the model takes {channels}.")
-        if self.kind == "clip":
-            transform = ClipTransform.of_config(config)
-            self.read = lambda path: transform(VideoFile(path))
-        else:
-            transform = create_transform(**{**config, "is_training": False})
-            self.read = lambda path: transform(read_image(path).convert(MODES[channels]))
-        self.device = next(model.parameters()).device
-        self.names = names
-        self.failed = 0
+    def __init__(self, args: argparse.Namespace, predictor: Predictor, warm: bool = False) -> None:
+        self.args, self.predictor, self.cold = args, predictor, warm
+        self.failed = self.unsure = 0
 
-    def of(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-        """A row for each file that can be read; the others are named on stderr and counted."""
-        warm = False
-        for path in paths:
-            try:
-                pixels = self.read(path)[None].to(self.device)
-            except UnreadableImage as error:
+    def batches(self, skip: int = 0, last: str | None = None) -> Iterator[tuple[_Batch, list[dict[str, Any]]]]:
+        """Each batch read and the rows of those in it that could be; the others are named on stderr and counted."""
+        items = iterate_images(self.args.images, self.predictor.read.endings)
+        if skip:
+            passed = deque(islice(items, skip), maxlen=1)
+            if not passed or passed[0].path != last:
+                raise ValueError(
+                    f"the images are not those of the run that is to go on: its number {skip} was {last}, now it is "
+                    f"{passed[0].path if passed else 'missing'}; bring them back, or begin anew."
+                )
+        loader = DataLoader(
+            _Files(self.predictor),
+            batch_sampler=_chunks(items, self.args.batch_size),
+            num_workers=self.args.workers,
+            collate_fn=_unchanged,
+        )
+        for batch in loader:
+            for error in filter(None, batch.errors):
                 self.failed += 1
-                print(f"exit-plugins predict: {error}", file=sys.stderr)
-                continue
-            if not warm:
-                self.adaptive(pixels)  # the first run pays for set-up that is no image's
-                warm = True
-            start = time.perf_counter()
-            out = self.adaptive(pixels)
-            answer = int(out.logits[0].argmax())  # waits for the device
-            seconds = time.perf_counter() - start
-            yield {
-                self.kind: str(path),
-                "class": answer,
-                "label": self.names[answer],
-                "confidence": None if torch.isnan(out.confidence[0]) else float(out.confidence[0]),
-                "exit": int(out.exit_index[0]) + 1,
-                "seconds": seconds,
-            }
+                print_error(error)
+            yield batch, self._answer(batch)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for _, rows in self.batches():
+            yield from rows
+
+    def _answer(self, batch: _Batch) -> list[dict[str, Any]]:
+        if batch.pixels is None:
+            return []
+        if self.cold:
+            self.predictor.run(batch.pixels)  # the first run pays for set-up that is no image's
+            self.cold = False
+        start = time.perf_counter()
+        rows = self.predictor.rows(self.predictor.run(batch.pixels))  # waits for the device
+        seconds = (time.perf_counter() - start) / len(rows)
+        self.unsure += sum(row["class"] is None for row in rows)
+        read = [path for path, error in zip(batch.paths, batch.errors, strict=True) if error is None]
+        return [{"path": path, **row, "seconds": seconds} for path, row in zip(read, rows, strict=True)]
 
 
-def _print_json(rows: Iterable[dict[str, Any]]) -> None:
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def print_error(error: str) -> None:
+    tqdm.write(f"exit-plugins predict: {error}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _print_json(answers: _Answers, kind: str) -> None:
     """A JSON list, row by row, closed whatever happens."""
     print("[", end="")
     try:
-        for number, row in enumerate(rows):
-            print("," * (number > 0) + "\n  " + json.dumps(row, allow_nan=False), end="", flush=True)
+        for number_, row in enumerate(answers.rows()):
+            shown = {kind if name == "path" else name: value for name, value in row.items()}
+            print("," * (number_ > 0) + "\n  " + json.dumps(shown, allow_nan=False), end="", flush=True)
     finally:
         print("\n]")
 
 
-def _print_rows(
-    rows: Iterable[dict[str, Any]], kind: str, paths: Sequence[Path], names: Sequence[str], num_exits: int
-) -> None:
-    """A table whose columns are as wide as anything that may come."""
-    widths = (max(5, *(len(str(path)) for path in paths)), max(5, *map(len, names)), 10, 4, 8)
-
-    def show(*cells: str) -> None:
-        image, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        print("  ".join([image.strip().ljust(widths[0]), *others]).rstrip(), flush=True)
-
-    show(kind, "label", "confidence", "exit", "time")
-    for row in rows:
-        sure = "NaN" if row["confidence"] is None else f"{row['confidence']:.3f}"
-        show(row[kind], row["label"], sure, f"{row['exit']}/{num_exits}", amount(row["seconds"], "s"))
-
-
-def _files(arguments: list[str], kind: str) -> list[Path]:
-    """The files named and those in the folders named; a file that is not there is found out when it is read."""
-    paths = []
-    for argument in map(Path, arguments):
-        if argument.is_dir():
-            endings = VIDEO_EXTENSIONS if kind == "clip" else EXTENSIONS
-            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in endings)
-            if not inside:
-                raise ValueError(f"no {kind}s in {argument}.")
-            paths += inside
-        else:
-            paths.append(argument)
-    return paths
+def _to_file(args: argparse.Namespace, predictor: Predictor, form: str) -> int:
+    rows = make_format(form, predictor.kind, predictor.classes, predictor.policy.num_exits, args.top_k)
+    journal = Journal(args.output, rows, _run_facts(args, predictor, form), args.resume, args.top_k)
+    if journal.finished:
+        print(f"{args.output} is there, and no run to go on with.", file=sys.stderr)
+        return 0
+    answers, state = _Answers(args, predictor), journal.state
+    start, done = time.perf_counter(), state["items"]
+    hidden = True if args.no_progress else None  # None: unless standard error is no terminal
+    try:
+        with tqdm(initial=done, unit=f" {predictor.kind}s", disable=hidden, dynamic_ncols=True) as bar:
+            for batch, answered in answers.batches(state["items"], state["last"]):
+                for row in answered:
+                    row.pop("seconds")
+                failed = len(batch.paths) - len(answered)
+                unsure = sum(row["class"] is None for row in answered)
+                journal.add(answered, len(batch.paths), batch.paths[-1], failed, unsure)
+                bar.set_postfix_str(_shares(state["exits"], predictor.policy.num_exits), refresh=False)
+                bar.update(len(batch.paths))
+    except BaseException:
+        journal.close()
+        raise
+    journal.finish()
+    seconds = time.perf_counter() - start
+    _print_summary(args.output, predictor, state, (state["items"] - done) / seconds)
+    return 1 if state["failed"] else 0
 
 
-def _names(model: nn.Module, known: dict[str, Any], shown: list[str] | None) -> list[str]:
-    """What to print for each class: the names given, the model's, ImageNet's, or the numbers."""
-    if shown is not None:
-        if len(shown) != model.num_classes:
-            raise ValueError(f"--class-names names {len(shown)} classes, the model has {model.num_classes}.")
-        return shown
-    names = model_classes(model, known)
-    subset = infer_imagenet_subset(model)
-    info = ImageNetInfo(subset) if subset else None
-    if info is not None and (names is None or names == info.label_names()):
-        return [info.index_to_description(i) for i in range(model.num_classes)]
-    return names or [str(i) for i in range(model.num_classes)]
+def _run_facts(args: argparse.Namespace, predictor: Predictor, form: str) -> dict[str, Any]:
+    """What decides the rows: a run that goes on must share all of it."""
+    policy = predictor.policy
+    return {
+        "inputs": args.images,
+        "model": weights_digest(predictor.adaptive.model),
+        "thresholds": [str(t) for t in policy.thresholds],
+        "temperatures": policy.temperatures.tolist(),
+        "measure": policy.measure,
+        "preprocessing": {key: str(value) for key, value in sorted(predictor.config.items())},
+        "classes": predictor.classes,
+        "mode": args.mode if not args.export else "export",
+        "device": predictor.device.type,
+        "batch-size": args.batch_size,  # the last digits of a confidence depend on it
+        "top-k": args.top_k,
+        "reject": args.reject,
+        "format": form,
+    }
+
+
+def _shares(exits: dict[str, int], num_exits: int) -> str:
+    total = sum(exits.values()) or 1
+    return "exits " + " ".join(f"{100 * exits.get(str(k), 0) / total:.0f}%" for k in range(1, num_exits + 1))
+
+
+def _print_summary(output: str, predictor: Predictor, state: dict[str, Any], rate: float) -> None:
+    exits = state["exits"]
+    counts = [exits.get(str(k + 1), 0) for k in range(predictor.policy.num_exits)]
+    answered = sum(counts)
+    parts = [f"{answered} {predictor.kind}s answered, {rate:.4g} a second"]
+    if state["failed"]:
+        parts.append(f"{state['failed']} not readable")
+    if predictor.reject is not None:
+        parts.append(f"{state['unsure']} unsure")
+    if answered:
+        parts.append("left at " + ", ".join(f"exit {k + 1} {percent(c / answered)}" for k, c in enumerate(counts)))
+        if predictor.macs is not None:
+            mean = sum(c * m for c, m in zip(counts, predictor.macs, strict=True)) / answered
+            parts.append(f"{amount(mean, 'MACs')} each ({percent(mean / predictor.macs[-1])} of the last exit's)")
+    print(f"{output}: " + "; ".join(parts), file=sys.stderr)

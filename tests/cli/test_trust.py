@@ -288,17 +288,17 @@ def test_predict_goes_on_after_a_bad_file(images, checkpoint, policy_file, capsy
 
 
 def test_predict_prints_rows_as_they_come(images, checkpoint, policy_file, capsys, monkeypatch):
-    from exit_plugins.cli import predict
+    from exit_plugins.timm import predictor
 
-    read, seen = predict.read_image, []
+    read, seen = predictor.read_image, []
 
-    def stop(path):
+    def stop(path, name=None):
         seen.append(capsys.readouterr().out)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return read(path)
+        return read(path, name)
 
-    monkeypatch.setattr(predict, "read_image", stop)
+    monkeypatch.setattr(predictor, "read_image", stop)
     words = ["predict", images / "test" / "ant", "--policy", policy_file, "--checkpoint", checkpoint]
     assert run(*words) == 130
     assert [text.count("ant/") for text in seen] == [0, 1, 1, 1]
