@@ -1,23 +1,80 @@
 """The one idea all else is written against: a multi-exit model is a chain of segments, segment i ends in exit i."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = [
+    "MEMBERS",
+    "AnyModel",
     "MultiExit",
+    "MultiExitModule",
+    "State",
     "batch_size",
     "check_input_size",
     "check_multi_exit",
+    "exit_device",
+    "forward_exits",
+    "is_multi_exit",
     "map_state",
     "sample_dimensions",
     "select_samples",
 ]
 
-State = Any  # a pytree of tensors, batch first in every leaf
+State: TypeAlias = Any  # a pytree of tensors, batch first in every leaf
+
+# What makes a module a multi-exit model, whatever its class.
+MEMBERS = ("num_exits", "begin_exits", "forward_exit")
+
+
+class _Segments(Protocol):
+    """The members of the protocol alone."""
+
+    num_exits: int
+
+    def begin_exits(self, x: Tensor, /) -> State: ...
+
+    def forward_exit(self, index: int, state: State, /) -> tuple[Tensor, State]: ...
+
+
+class MultiExitModule(_Segments, Protocol):
+    """The type of a multi-exit model: the three members of the protocol, and what every ``nn.Module`` has.
+
+    A type checker takes every ``nn.Module`` that mixes in ``MultiExit`` for one, and any other that defines the three.
+    ``check_multi_exit`` and ``is_multi_exit`` tell at run time.
+    """
+
+    training: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def eval(self) -> "Self": ...
+
+    def train(self, mode: bool = True) -> "Self": ...
+
+    def to(self, *args: Any, **kwargs: Any) -> "Self": ...
+
+    def cpu(self) -> "Self": ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Self": ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+
+# What the toolkit's doors take, and check: hosts' factories promise no more than an nn.Module.
+AnyModel: TypeAlias = nn.Module | MultiExitModule
 
 
 class MultiExit:
@@ -51,47 +108,58 @@ class MultiExit:
 
     def forward_exits(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits (B, num_classes) of every exit, shallow to deep, in either mode."""
-        state = self.begin_exits(x)
-        outputs = []
-        for index in range(self.num_exits):
-            logits, state = self.forward_exit(index, state)
-            outputs.append(logits)
-        return tuple(outputs)
+        return forward_exits(self, x)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         outputs = self.forward_exits(x)
         return outputs if self.training else outputs[-1]
 
 
-def check_multi_exit(model: nn.Module) -> nn.Module:
+def forward_exits(model: _Segments, x: Tensor) -> tuple[Tensor, ...]:
+    """Logits (B, num_classes) of every exit of ``model``, shallow to deep: one segment after the other."""
+    state = model.begin_exits(x)
+    outputs = []
+    for index in range(model.num_exits):
+        logits, state = model.forward_exit(index, state)
+        outputs.append(logits)
+    return tuple(outputs)
+
+
+def is_multi_exit(model: object) -> TypeGuard[MultiExitModule]:
+    """Whether ``model`` has the members of the protocol, whatever its class."""
+    return all(hasattr(model, name) for name in MEMBERS)
+
+
+def check_multi_exit(model: object) -> MultiExitModule:
     """Return ``model`` if it follows the protocol, whatever its class; TypeError naming what is missing if not."""
-    missing = [name for name in ("num_exits", "begin_exits", "forward_exit") if not hasattr(model, name)]
-    if missing:
-        raise TypeError(
-            f"{type(model).__name__} is not a multi-exit model: it has no {', '.join(missing)}. Expected a module that "
-            "follows exit_plugins.MultiExit (num_exits, begin_exits(x), forward_exit(index, state)); if it is wrapped "
-            "(DataParallel, DDP, EMA, torch.compile), pass the module inside."
-        )
-    if int(model.num_exits) < 1:
-        raise TypeError(f"{type(model).__name__}.num_exits is {model.num_exits}; a multi-exit model has at least one.")
-    return model
+    kind = type(model).__name__
+    if is_multi_exit(model):
+        if int(model.num_exits) >= 1:
+            return model
+        raise TypeError(f"{kind}.num_exits is {model.num_exits}; a multi-exit model has at least one.")
+    missing = ", ".join(name for name in MEMBERS if not hasattr(model, name))
+    raise TypeError(
+        f"{kind} is not a multi-exit model: it has no {missing}. Expected a module that follows exit_plugins.MultiExit "
+        "(num_exits, begin_exits(x), forward_exit(index, state)); if it is wrapped (DataParallel, DDP, EMA, "
+        "torch.compile), pass the module inside."
+    )
 
 
-def sample_dimensions(model: nn.Module) -> tuple[str, ...]:
+def sample_dimensions(model: AnyModel) -> tuple[str, ...]:
     """Names of the dimensions of one of the model's samples, an image or a clip."""
     ndim = int(getattr(model, "sample_ndim", MultiExit.sample_ndim))
     names = ("frames", "channels", "height", "width")[-ndim:]
     return names if len(names) == ndim else tuple(f"dimension {i + 1}" for i in range(ndim))
 
 
-def check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
+def check_input_size(model: AnyModel, input_size: Sequence[int]) -> None:
     """ValueError unless ``input_size`` can be the shape of one of the model's samples."""
     dimensions = sample_dimensions(model)
     if len(input_size) != len(dimensions) or min(input_size) < 1:
         raise ValueError(f"input_size is ({', '.join(dimensions)}), positive numbers, got {tuple(input_size)}.")
 
 
-def map_state(function, state: State) -> State:
+def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     """``state`` with ``function`` applied to every tensor in it."""
     return pytree.tree_map_only(Tensor, function, state)
 
@@ -118,7 +186,7 @@ def batch_size(state: State) -> int:
     return sizes.pop()
 
 
-def exit_device(model: nn.Module) -> torch.device:
+def exit_device(model: AnyModel) -> torch.device:
     """Device of the model's first parameter or buffer (CPU if it has neither)."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
