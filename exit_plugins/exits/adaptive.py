@@ -13,7 +13,7 @@ from .compiled import CompiledSegments
 from .confidence import confidence
 from .costs import SegmentTimes, segment_times
 from .policy import ExitPolicy
-from .protocol import check_multi_exit, sample_dimensions, select_samples
+from .protocol import AnyModel, MultiExitModule, sample_dimensions, select_samples
 
 __all__ = ["AdaptiveModel", "ExitOutput"]
 
@@ -69,9 +69,11 @@ class AdaptiveModel(nn.Module):
     than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
     """
 
+    runner: MultiExitModule
+
     def __init__(
         self,
-        model: nn.Module,
+        model: AnyModel,
         policy: ExitPolicy,
         *,
         compile: bool = False,
@@ -79,13 +81,13 @@ class AdaptiveModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_multi_exit(model)
+        checked = policy.check_model(model)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"mixed precision runs in torch.bfloat16 or torch.float16, got {dtype}.")
-        self.model = inference_copy(model) if fuse else model
+        self.model = inference_copy(checked) if fuse else checked
         # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
         self.__dict__["runner"] = CompiledSegments(self.model) if compile else self.model
-        self.policy = policy  # the property: checked against the model
+        self._plan = _Plan.of(policy)
         self.dtype = None if dtype is torch.float32 else dtype
         self.times: SegmentTimes | None = None
         self.eval()
@@ -210,7 +212,7 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def inference_copy(model: nn.Module) -> nn.Module:
+def inference_copy(model: MultiExitModule) -> MultiExitModule:
     """A copy of ``model`` that computes the same faster and cannot be trained."""
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     if callable(getattr(fused, "fuse", None)):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .protocol import MultiExit, State, map_state
+from .protocol import METHODS, MultiExit, State, map_state
 
 __all__ = ["FrameNetwork", "frames_of", "over_clips", "sample_size"]
 
@@ -143,7 +143,7 @@ class FrameNetwork(MultiExit, nn.Module):
 
 @cache
 def _clip_class(cls: type[nn.Module], keep_forward: bool = False) -> type[nn.Module]:
-    has_exits = hasattr(cls, "begin_exits") and hasattr(cls, "forward_exit")
+    has_exits = all(hasattr(cls, name) for name in METHODS)
     mixin = (_ClipExits if keep_forward else _WithForward) if has_exits else _ClipNetwork
     return type(f"Clip{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 

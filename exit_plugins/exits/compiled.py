@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .protocol import MultiExit, State, batch_size, check_multi_exit, map_state
+from .protocol import AnyModel, MultiExit, State, batch_size, check_multi_exit, map_state
 
 __all__ = ["CompiledSegments"]
 
@@ -41,11 +41,10 @@ class CompiledSegments(MultiExit, nn.Module):
     segment runs again.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: AnyModel) -> None:
         super().__init__()
-        check_multi_exit(model)
-        self.model = model
-        self.num_exits = model.num_exits
+        self.model = check_multi_exit(model)
+        self.num_exits = self.model.num_exits
         self.num_classes = getattr(model, "num_classes", 0)
         self._segments = [self._compile(index) for index in range(self.num_exits)]
         self._compiled: set[tuple[int, bool]] = set()  # segments, and whether of a single sample

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .protocol import check_input_size, check_multi_exit, exit_device, select_samples
+from .protocol import AnyModel, check_input_size, check_multi_exit, exit_device, select_samples
 
 __all__ = ["ExitCosts", "SegmentTimes", "exit_costs", "exit_latency", "segment_times"]
 
@@ -46,13 +46,13 @@ class _SeenParameters(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def exit_costs(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> ExitCosts:
+def exit_costs(model: AnyModel, input_size: Sequence[int] = (3, 224, 224)) -> ExitCosts:
     """Cost of every exit for one sample of ``input_size``: (channels, height, width), of clips with the frames first.
 
     The model is not run: a copy of it on the meta device is, one segment after the other, so even large models take
     moments and nothing about ``model`` changes.
     """
-    check_multi_exit(model)
+    model = check_multi_exit(model)
     check_input_size(model, input_size)
     # Without gradients, or a view of a parameter trips the counter's backward hooks even under no_grad.
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
@@ -69,12 +69,12 @@ def exit_costs(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> E
 
 
 @torch.inference_mode()
-def exit_latency(model: nn.Module, x: Tensor, repeats: int = 20, warmup: int = 3) -> np.ndarray:
+def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3) -> np.ndarray:
     """Measured seconds (K,) to reach each exit with the batch ``x``, cumulative; the median of ``repeats`` full runs.
 
     The segments are timed one after the other within each run, so a drift of the machine touches all alike.
     """
-    check_multi_exit(model)
+    model = check_multi_exit(model)
     if repeats < 1 or warmup < 0:
         raise ValueError(f"expected repeats >= 1 and warmup >= 0, got {repeats} and {warmup}.")
     device = exit_device(model)
@@ -123,7 +123,7 @@ class SegmentTimes:
 
 
 @torch.inference_mode()
-def segment_times(model: nn.Module, x: Tensor, repeats: int = 7, warmup: int = 2) -> SegmentTimes:
+def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2) -> SegmentTimes:
     """Time every segment, and the gather before it, on 1, 1/4, 1/2, 3/4 and all of the images ``x`` (B, C, H, W).
 
     Medians of ``repeats`` runs, all sizes measured within each run so that a drift of the machine touches all alike.

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .protocol import check_multi_exit
+from .protocol import AnyModel, MultiExitModule, check_multi_exit
 from .schema import plain
 
-__all__ = ["SampleRecord", "describe_model", "sample_digests", "weights_digest"]
+__all__ = ["SampleRecord", "describe_checked", "describe_model", "sample_digests", "weights_digest"]
 
 _KEPT = 4096  # digests a record holds; enough to estimate an overlap to about 1.5 % and small enough for a JSON file
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
+def describe_model(model: AnyModel) -> dict[str, Any]:
     """What tables and policies remember of a model, in plain JSON values.
 
     ``architecture``, ``num_exits``, ``num_classes`` and ``in_chans`` must be the same for a policy to run on it; None
@@ -27,7 +27,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     ``timm.create_model(architecture, **model_kwargs)`` builds the model again. Dropout rates and where weights came
     from are no part of it; None where an argument is nothing JSON can hold.
     """
-    check_multi_exit(model)
+    return describe_checked(check_multi_exit(model))
+
+
+def describe_checked(model: MultiExitModule) -> dict[str, Any]:
+    """``describe_model`` of a module already known to follow the protocol."""
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if hasattr(config, "get") else getattr(config, "architecture", None)
     return {
@@ -39,7 +43,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _model_kwargs(model: nn.Module) -> dict[str, Any] | None:
+def _model_kwargs(model: AnyModel) -> dict[str, Any] | None:
     said = getattr(model, "model_kwargs", None)
     if said is not None:
         return said
@@ -54,7 +58,7 @@ def _model_kwargs(model: nn.Module) -> dict[str, Any] | None:
         return None
 
 
-def _in_chans(model: nn.Module) -> int | None:
+def _in_chans(model: AnyModel) -> int | None:
     """Channels of the images: what the model says, else what its first convolution reads."""
     said = getattr(model, "in_chans", None)
     if isinstance(said, int):
@@ -63,7 +67,7 @@ def _in_chans(model: nn.Module) -> int | None:
     return None if first is None else first.in_channels
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: AnyModel) -> str:
     """SHA-256 of every tensor of the state dict with its name, dtype and shape, in the order of the names.
 
     A model whose weights torch does not hold (an exported one) says its own in an attribute ``weights``.

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .protocol import check_multi_exit
+from .protocol import AnyModel, check_multi_exit
 
 __all__ = ["LOSS_PRESETS", "ExitWeights", "MultiExitLoss", "own_preset"]
 
@@ -46,7 +47,7 @@ LOSS_PRESETS = {
 }
 
 
-def own_preset(model: nn.Module) -> tuple[str, str]:
+def own_preset(model: AnyModel) -> tuple[str, str]:
     """The preset to train ``model`` with where nothing is asked for, and in a few words why it is this one.
 
     It is the one of the paper that the model comes from, by the model's attribute ``exit_loss``; for a model that names
@@ -115,7 +116,7 @@ class MultiExitLoss(nn.Module):
         self.criterion = criterion
 
     @classmethod
-    def for_model(cls, model: nn.Module, preset: str | None = None, **kwargs) -> "MultiExitLoss":
+    def for_model(cls, model: AnyModel, preset: str | None = None, **kwargs: Any) -> "MultiExitLoss":
         """The loss for ``model``: ``preset``, or where that is None the one of the model's own paper.
 
         Args:
@@ -125,8 +126,7 @@ class MultiExitLoss(nn.Module):
         Raises:
             TypeError: the model has no exits.
         """
-        check_multi_exit(model)
-        return cls(model.num_exits, own_preset(model)[0] if preset is None else preset, **kwargs)
+        return cls(check_multi_exit(model).num_exits, own_preset(model)[0] if preset is None else preset, **kwargs)
 
     def extra_repr(self) -> str:
         return f"num_exits={self.num_exits}, ce={self.weights.ce}, kl={self.weights.kl}"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from .confidence import check_measure, check_temperatures
-from .digests import SampleRecord, describe_model, weights_digest
+from .digests import SampleRecord, describe_checked, describe_model, weights_digest
 from .files import atomic_write
+from .protocol import AnyModel, MultiExitModule, check_multi_exit
 from .reading import reading, strict_json
 from .schema import CERTIFICATE, MODEL, SOURCE, check_fields, numbers, plain
 
@@ -134,15 +134,20 @@ class ExitPolicy:
         leaves[self.last_exit] = True
         return leaves.argmax(0)
 
-    def check_model(self, model: nn.Module) -> None:
-        """ValueError unless the policy can run on ``model``: as many exits and, where recorded, the same model."""
-        found = describe_model(model)
+    def check_model(self, model: AnyModel) -> MultiExitModule:
+        """``model``, on which the policy can run: it has as many exits and, where recorded, is the same model.
+
+        TypeError for a module without exits, ValueError for a multi-exit model that the policy does not fit.
+        """
+        module = check_multi_exit(model)
+        found = describe_checked(module)
         if found["num_exits"] != self.num_exits:
             raise ValueError(
                 f"the policy has {self.num_exits} thresholds and {found['architecture']} has {found['num_exits']} "
                 "exits; solve thresholds for this model."
             )
         check_same_model(found, self.model or {}, "the policy")
+        return module
 
     def overlap(self, table: "ExitTable") -> int | None:
         """How many samples of ``table`` the policy was solved, calibrated, chosen or certified on; 0 for a true test.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MEMBERS",
+    "METHODS",
     "AnyModel",
     "MultiExit",
     "MultiExitModule",
@@ -30,7 +31,8 @@ __all__ = [
 State: TypeAlias = Any  # a pytree of tensors, batch first in every leaf
 
 # What makes a module a multi-exit model, whatever its class.
-MEMBERS = ("num_exits", "begin_exits", "forward_exit")
+METHODS = ("begin_exits", "forward_exit")
+MEMBERS = ("num_exits", *METHODS)
 
 
 class _Segments(Protocol):

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 
 from .confidence import check_measure, check_temperatures, confidence, running_ensemble
-from .digests import describe_model, sample_digests, weights_digest
+from .digests import describe_checked, sample_digests, weights_digest
 from .files import atomic_write, check_target
 from .parts import PartFile, Record
-from .protocol import check_multi_exit, exit_device
+from .protocol import AnyModel, MultiExitModule, check_multi_exit, exit_device, forward_exits
 from .reading import reading, strict_json
 from .schema import MODEL, Fields, check_fields, is_text, plain
 
@@ -268,7 +268,7 @@ def _check_about(about: Any, num_exits: int) -> dict[str, Any]:
 
 
 def collect_exits(
-    model: nn.Module,
+    model: AnyModel,
     loader: Iterable,
     device: torch.device | str | None = None,
     measure: str = "max_softmax",
@@ -313,14 +313,14 @@ def collect_exits(
             and labels of the first and the last batch in the part file are compared.
         OSError: ``save_as`` or ``part_file`` cannot be written. No batch that is done is lost: the part file stays.
     """
-    check_multi_exit(model)
+    model = check_multi_exit(model)
     check_measure(measure)
     temperatures = check_temperatures(temperatures, model.num_exits)
     device = torch.device(device) if device is not None else exit_device(model)
     rank, world = _process()
     _check_not_sharded(loader, world)
     known = {"transform": None, "data": None, "split": None, "classes": None, **(about or {})}
-    known = {"model": describe_model(model), "weights": weights_digest(model), **known}
+    known = {"model": describe_checked(model), "weights": weights_digest(model), **known}
     ask = _Asker(model, device, measure, temperatures, keep_logits)
     if save_as is not None and rank == 0:
         check_target(save_as, _bytes_at_least(model, loader, keep_logits))
@@ -387,7 +387,7 @@ class _Asker:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: MultiExitModule,
         device: torch.device,
         measure: str,
         temperatures: tuple[float, ...],
@@ -398,7 +398,7 @@ class _Asker:
 
     def __call__(self, batch: Any) -> Record:
         images, _ = _images_and_target(batch)
-        outputs = self.model.forward_exits(images.to(self.device, non_blocking=True))
+        outputs = forward_exits(self.model, images.to(self.device, non_blocking=True))
         sure = [confidence(z, self.measure, t).float() for z, t in zip(outputs, self.temperatures, strict=True)]
         return self.inputs(batch)._replace(
             confidence=torch.stack(sure).cpu().numpy(),
@@ -429,7 +429,7 @@ def _run_header(loader: Iterable, ask: _Asker, known: dict[str, Any]) -> dict[st
     return json.loads(json.dumps(header, allow_nan=False))
 
 
-def _bytes_at_least(model: nn.Module, loader: Iterable, keep_logits: bool) -> int:
+def _bytes_at_least(model: MultiExitModule, loader: Iterable, keep_logits: bool) -> int:
     """A table's size on disk, or less: what hardly compresses, as far as it is known before the run."""
     samples = _length(getattr(loader, "dataset", None)) or 0
     per_exit = 1 + int(getattr(model, "num_classes", 0) or 0) * keep_logits

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..digests import describe_model, weights_digest
+from ..digests import describe_checked, weights_digest
 from ..files import atomic_folder, recover_folder
 from ..policy import ExitPolicy
+from ..protocol import MultiExitModule
 from ..reading import reading, strict_json
 from ..schema import MODEL, Fields, check_fields, is_mapping, is_sha256, is_size, is_text, plain
 
@@ -77,7 +77,7 @@ def write_manifest(
     segments: Sequence[str],
     runtime: str,
     input_size: Sequence[int],
-    model: nn.Module,
+    model: MultiExitModule,
     weights: str | None = None,
     **more: Any,
 ) -> None:
@@ -95,7 +95,7 @@ def write_manifest(
         "runtime": runtime,
         "precision": "float32",
         "input_size": list(input_size),
-        "model": {**describe_model(model), "weights": weights or weights_digest(model)},
+        "model": {**describe_checked(model), "weights": weights or weights_digest(model)},
         "preprocessing": {key: config[key] for key in _PREPROCESSING if config.get(key) is not None},
         "torch": torch.__version__,
         "segments": list(segments),

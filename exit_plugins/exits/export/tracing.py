@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..protocol import State
+from ..protocol import MultiExitModule, State
 from .runtimes import leaf_names, require
 
 __all__ = ["onnx_segments"]
@@ -20,7 +20,7 @@ _OPSET = 20
 class _Segment(nn.Module):
     """One segment as a function from the leaves of its state to logits and the leaves of the next one."""
 
-    def __init__(self, model: nn.Module, index: int, spec: pytree.TreeSpec) -> None:
+    def __init__(self, model: MultiExitModule, index: int, spec: pytree.TreeSpec) -> None:
         super().__init__()
         self.model, self.index, self.spec = model, index, spec
 
@@ -42,7 +42,7 @@ class _Segment(nn.Module):
 
 
 @torch.no_grad()
-def onnx_segments(model: nn.Module, images: Tensor) -> Iterable[Any]:
+def onnx_segments(model: MultiExitModule, images: Tensor) -> Iterable[Any]:
     """Each segment as a torch.onnx program, with inputs leaf_0... and outputs logits, next_0... and a free batch."""
     require("onnx")
     require("onnxscript")

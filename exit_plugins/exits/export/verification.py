@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adaptive import AdaptiveModel, ExitOutput
 from ..confidence import confidence
 from ..policy import ExitPolicy
-from ..protocol import check_input_size
+from ..protocol import MultiExitModule, check_input_size, forward_exits
 from .exported import ExportedSegments, GraphRunner
 
 __all__ = ["trial_images", "verify_graph", "verify_segments"]
@@ -17,22 +17,22 @@ __all__ = ["trial_images", "verify_graph", "verify_segments"]
 _TOLERANCE = 1e-4
 
 
-def trial_images(model: nn.Module, input_size: Sequence[int]) -> Tensor:
+def trial_images(model: MultiExitModule, input_size: Sequence[int]) -> Tensor:
     """Sixteen images to verify with: noise of differing contrast, so that confidences differ."""
     check_input_size(model, input_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, *input_size, generator=generator)
     images *= torch.linspace(0.2, 2.0, 16).view(-1, *[1] * len(input_size))
     with torch.no_grad():
-        model.forward_exits(images[:2])  # an image the model refuses shall be refused in the model's words
+        forward_exits(model, images[:2])  # an image the model refuses shall be refused in the model's words
     return images
 
 
 @torch.no_grad()
-def verify_segments(model: nn.Module, exported: ExportedSegments, images: Tensor) -> None:
+def verify_segments(model: MultiExitModule, exported: ExportedSegments, images: Tensor) -> None:
     """RuntimeError unless every exit, and adaptive runs of all kinds, agree with torch at several batch sizes."""
     for size in (1, 2, len(images)):
-        expected = model.forward_exits(images[:size])
+        expected = forward_exits(model, images[:size])
         for index, (mine, theirs) in enumerate(zip(exported.forward_exits(images[:size]), expected, strict=True)):
             _compare(f"exit {index} at batch {size}", mine, theirs)
     for name, policy in _trial_policies(model, images):
@@ -42,19 +42,21 @@ def verify_segments(model: nn.Module, exported: ExportedSegments, images: Tensor
 
 
 @torch.no_grad()
-def verify_graph(model: nn.Module, policy: ExitPolicy, runner: GraphRunner, images: Tensor) -> None:
+def verify_graph(model: MultiExitModule, policy: ExitPolicy, runner: GraphRunner, images: Tensor) -> None:
     for name, trial in _trial_policies(model, images, policy):
         for size in (1, 2, len(images)):
             theirs = AdaptiveModel(model, trial)(images[:size])
             _compare_outputs(f"{name} at batch {size}", runner(images[:size], trial.thresholds), theirs)
 
 
-def _trial_policies(model: nn.Module, images: Tensor, policy: ExitPolicy | None = None) -> list[tuple[str, ExitPolicy]]:
+def _trial_policies(
+    model: MultiExitModule, images: Tensor, policy: ExitPolicy | None = None
+) -> list[tuple[str, ExitPolicy]]:
     """Nobody, everybody and some leave early. Thresholds lie between confidences: a tie may fall either way."""
     policy = policy or ExitPolicy([0.0] * model.num_exits)
     rows = [
         confidence(logits, policy.measure, float(t)).sort().values
-        for logits, t in zip(model.forward_exits(images), policy.temperatures, strict=True)
+        for logits, t in zip(forward_exits(model, images), policy.temperatures, strict=True)
     ]
     # The widest gap in the middle half of the confidences.
     some = []

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adaptive import ExitOutput, inference_copy
 from ..files import atomic_path
 from ..policy import ExitPolicy
+from ..protocol import AnyModel, MultiExitModule
 from .exported import ExportedAdaptiveModel, ExportedSegments, GraphRunner
 from .graph import adaptive_graph
 from .manifest import FORMATS, check_replaceable, write_manifest, written_whole
@@ -22,7 +23,7 @@ __all__ = ["export_graph", "export_segments"]
 
 
 def export_segments(
-    model: nn.Module,
+    model: AnyModel,
     policy: ExitPolicy,
     folder: str | os.PathLike,
     input_size: Sequence[int],
@@ -45,25 +46,25 @@ def export_segments(
             the number of samples.
         RuntimeError: the export does not give what torch gives; nothing is written then.
     """
-    model = _prepared(model, policy)
+    prepared = _prepared(model, policy)
     if format not in FORMATS:
         raise ValueError(f"unknown export format {format!r}; choose one of {', '.join(FORMATS)}.")
     folder = Path(folder)
     check_replaceable(folder)
-    images = trial_images(model, input_size)
+    images = trial_images(prepared, input_size)
     with written_whole(folder) as part:
         segments = []
-        for index, onnx_model in enumerate(onnx_segments(inference_copy(model), images)):
+        for index, onnx_model in enumerate(onnx_segments(inference_copy(prepared), images)):
             name = f"segment_{index}.onnx"
             onnx_model.save(part / name)
             segments.append(name if format == "onnx" else to_openvino(part / name))
-        write_manifest(part, policy, segments, format, input_size, model)
-        verify_segments(model, ExportedSegments(part), images)
+        write_manifest(part, policy, segments, format, input_size, prepared)
+        verify_segments(prepared, ExportedSegments(part), images)
     return ExportedAdaptiveModel(folder)
 
 
 def export_graph(
-    model: nn.Module, policy: ExitPolicy, path: str | os.PathLike, input_size: Sequence[int]
+    model: AnyModel, policy: ExitPolicy, path: str | os.PathLike, input_size: Sequence[int]
 ) -> Callable[[Tensor], ExitOutput]:
     """Write one ONNX file that runs the policy inside: nothing deeper runs for a sample that has left.
 
@@ -74,22 +75,22 @@ def export_graph(
 
     Returns a function from images to ExitOutput that runs the file. Arguments and errors as of ``export_segments``.
     """
-    model = _prepared(model, policy)
+    prepared = _prepared(model, policy)
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file, for example {path / 'model.onnx'}.")
-    images = trial_images(model, input_size)
+    images = trial_images(prepared, input_size)
     with atomic_path(path) as part:
-        segments = [program.model_proto for program in onnx_segments(inference_copy(model), images)]
+        segments = [program.model_proto for program in onnx_segments(inference_copy(prepared), images)]
         require("onnx").save(adaptive_graph(segments, policy), part)
-        verify_graph(model, policy, GraphRunner(part), images)
+        verify_graph(prepared, policy, GraphRunner(part), images)
     return GraphRunner(path)
 
 
-def _prepared(model: nn.Module, policy: ExitPolicy) -> nn.Module:
-    """A float32 copy on the CPU in evaluation mode."""
-    policy.check_model(model)
-    wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+def _prepared(model: AnyModel, policy: ExitPolicy) -> MultiExitModule:
+    """A float32 copy on the CPU in evaluation mode; here, once, the model is checked."""
+    checked = policy.check_model(model)
+    wrong = {p.dtype for p in checked.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if wrong:
         raise ValueError(f"exports are verified in float32; the model has {wrong.pop()}: call model.float() first.")
-    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    return copy.deepcopy(checked).cpu().eval().requires_grad_(False)
