@@ -28,6 +28,7 @@ from .timm.cascade import cascade_of as cascade
 from .timm.video import temporal_shift
 
 if TYPE_CHECKING:
+    from .exits.serving import RequestQueue
     from .peft import (
         BottleneckConfig,
         DynConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "MultiExit",
     "MultiExitLoss",
     "RepAdapterConfig",
+    "RequestQueue",
     "__version__",
     "add_exits",
     "anytime_curve",
@@ -66,6 +68,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "RequestQueue":
+        return import_module(".exits.serving", __name__).RequestQueue
     if name in _PEFT_NAMES:
         try:
             return getattr(import_module(".peft", __name__), name)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class ExitOutput(NamedTuple):
     confidence: Tensor
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What a call runs under from beginning to end, whatever is set meanwhile."""
 
     policy: ExitPolicy
@@ -38,7 +39,7 @@ class _Plan(NamedTuple):
     last: int
 
     @classmethod
-    def of(cls, policy: ExitPolicy) -> "_Plan":
+    def of(cls, policy: ExitPolicy) -> "Plan":
         exits = zip(policy.thresholds.tolist(), policy.temperatures.tolist(), strict=True)
         return cls(policy, policy.measure, tuple(exits), policy.last_exit)
 
@@ -87,7 +88,7 @@ class AdaptiveModel(nn.Module):
         self.model = inference_copy(checked) if fuse else checked
         # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
         self.__dict__["runner"] = CompiledSegments(self.model) if compile else self.model
-        self._plan = _Plan.of(policy)
+        self._plan = Plan.of(policy)
         self.dtype = None if dtype is torch.float32 else dtype
         self.times: SegmentTimes | None = None
         self.eval()
@@ -100,7 +101,12 @@ class AdaptiveModel(nn.Module):
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
         policy.check_model(self.model)
-        self._plan = _Plan.of(policy)  # one assignment, read once a call
+        self._plan = Plan.of(policy)  # one assignment, read once a call
+
+    @property
+    def plan(self) -> Plan:
+        """What a call that begins now runs under to its end, whatever policy is set meanwhile."""
+        return self._plan
 
     def train(self, mode: bool = True) -> "AdaptiveModel":
         if mode:
@@ -112,18 +118,25 @@ class AdaptiveModel(nn.Module):
 
         Returns the times, which ``times`` keeps; setting that to None drops at every exit again.
         """
-        with self._precision(images.device):
-            self.times = segment_times(self.runner, self._checked(images), repeats)
+        with self.running(images.device):
+            self.times = segment_times(self.runner, self.checked(images), repeats)
         return self.times
+
+    @contextlib.contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Where segments of the ``runner`` are run on ``device``: their precision, and one at a time as CUDA graphs."""
+        graphs = device.type == "cuda" and isinstance(self.runner, CompiledSegments)
+        precision = torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+        with precision, _GRAPHS if graphs else contextlib.nullcontext():
+            yield
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> ExitOutput:
-        images, plan = self._checked(images), self._plan
-        graphs = images.is_cuda and isinstance(self.runner, CompiledSegments)
-        with self._precision(images.device), _GRAPHS if graphs else contextlib.nullcontext():
+        images, plan = self.checked(images), self.plan
+        with self.running(images.device):
             return self._run_one(images, plan) if len(images) == 1 else self._run(images, plan)
 
-    def _run_one(self, images: Tensor, plan: _Plan) -> ExitOutput:
+    def _run_one(self, images: Tensor, plan: Plan) -> ExitOutput:
         """A single sample needs no gathers: it goes on or it is done."""
         state = self.runner.begin_exits(images)
         last = plan.last
@@ -133,12 +146,10 @@ class AdaptiveModel(nn.Module):
             if index == last or float(sure) >= threshold:  # the one synchronisation of this exit
                 break
         if index == last:
-            self._report_nan(sure)
-        # A copy where the logits are the runner's own memory (CUDA graphs), which the next image overwrites.
-        logits = logits.to(_result_dtype(logits), copy=isinstance(self.runner, CompiledSegments))
-        return ExitOutput(logits, torch.full((1,), index, device=images.device), sure)
+            self.report_nan(sure)
+        return ExitOutput(self.result(logits), torch.full((1,), index, device=images.device), sure)
 
-    def _run(self, images: Tensor, plan: _Plan) -> ExitOutput:
+    def _run(self, images: Tensor, plan: Plan) -> ExitOutput:
         batch, device = images.shape[0], images.device
         if batch == 0:
             num_classes = int(getattr(self.model, "num_classes", 0) or 0)
@@ -181,10 +192,11 @@ class AdaptiveModel(nn.Module):
             else:
                 position = torch.where(waiting, position, batch)
         if index == last:
-            self._report_nan(sures[:batch])
+            self.report_nan(sures[:batch])
         return ExitOutput(answers[:batch], exits[:batch], sures[:batch])
 
-    def _checked(self, images: Tensor) -> Tensor:
+    def checked(self, images: Tensor) -> Tensor:
+        """``images`` in the precision of the weights; ValueError unless they are a batch the model reads."""
         dimensions = sample_dimensions(self.model)
         if images.ndim != 1 + len(dimensions):
             kind = "images" if len(dimensions) == 3 else "samples"
@@ -194,10 +206,15 @@ class AdaptiveModel(nn.Module):
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         return images if weight is None else images.to(weight.dtype)
 
-    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+    def result(self, logits: Tensor) -> Tensor:
+        """``logits`` as they are given to the user.
 
-    def _report_nan(self, sures: Tensor) -> None:
+        A copy where they are the runner's own memory (CUDA graphs), which the next image overwrites.
+        """
+        return logits.to(_result_dtype(logits), copy=isinstance(self.runner, CompiledSegments))
+
+    def report_nan(self, sures: Tensor) -> None:
+        """Warn of samples whose confidence (B,) at the last exit is NaN."""
         count = int(sures.isnan().sum())
         if count:
             warnings.warn(

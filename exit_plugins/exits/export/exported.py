@@ -1,7 +1,8 @@
 """Running what was exported: the segments as a multi-exit model, the policy over them, the one file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +97,14 @@ class ExportedAdaptiveModel(AdaptiveModel):
         segments = ExportedSegments(folder, threads, bfloat16)
         super().__init__(segments, policy or ExitPolicy.load(Path(folder) / POLICY))
 
-    def forward(self, images: Tensor) -> ExitOutput:
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
         # torch only takes confidences and gathers here. A second thread gains nothing for that, and spins on afterwards
         # on a core that the runtime needs for the next segment: 9 % of a run at batch 8 on two cores. Unlike
         # torch.set_num_threads, the limit holds for this thread alone.
         torch.get_num_threads()  # a thread's first question to torch sets its number, and would undo the limit
-        with openmp().limit(limits=1):
-            return super().forward(images)
+        with openmp().limit(limits=1), super().running(device):
+            yield
 
 
 class GraphRunner:
