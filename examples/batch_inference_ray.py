@@ -11,7 +11,7 @@ that are there already are not answered again. At the end the shares of the exit
 import argparse
 import hashlib
 import json
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,10 +48,11 @@ def blocks(args: argparse.Namespace, options: dict) -> list[dict]:
     """Files cut into blocks, each with a name that says which files and options it answers."""
     files = (item.path for item in iterate_images(args.images, (*EXTENSIONS, ".parquet")))
     found = []
-    while chunk := list(islice(files, 1 if args.column != "bytes" else args.block_size)):
-        name = hashlib.blake2b(json.dumps([options, chunk]).encode(), digest_size=8).hexdigest()
-        batches = [chunk[start : start + args.batch_size] for start in range(0, len(chunk), args.batch_size)]
-        found.append({"files": batches, "target": str(Path(args.output).resolve() / f"{name}.parquet")})
+    for is_table, group in groupby(files, lambda path: path.endswith(".parquet")):
+        while chunk := list(islice(group, 1 if is_table else args.block_size)):
+            name = hashlib.blake2b(json.dumps([options, chunk]).encode(), digest_size=8).hexdigest()
+            batches = [chunk[start : start + args.batch_size] for start in range(0, len(chunk), args.batch_size)]
+            found.append({"files": batches, "target": str(Path(args.output).resolve() / f"{name}.parquet")})
     return found
 
 

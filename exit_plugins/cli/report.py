@@ -7,13 +7,17 @@ example:
 """
 
 import argparse
+import base64
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy.special import softmax
+from scipy.stats import beta
 
-from ..exits import plots
 from ..exits.evaluation import (
     AnytimePoint,
     BudgetPoint,
@@ -27,22 +31,26 @@ from ..exits.evaluation import (
     evaluate_policy,
 )
 from ..exits.policy import ExitPolicy
+from ..exits.risk import path_losses
 from ..exits.table import ExitTable
-from ..exits.thresholds import METHODS, solve_thresholds
+from ..exits.thresholds import METHODS, policy_path, solve_thresholds
 from .common import (
     add_confidence_arguments,
     add_cost_arguments,
     add_data_arguments,
     add_json_argument,
-    amount,
     is_main,
-    percent,
     print_json,
 )
 from .inputs import Inputs, open_inputs
 from .models import add_force_argument, add_model_arguments, whole
-from .page import Page
+from .page import write_page
 from .tables import check_table, check_weights, fit_table, overlap_note, overlap_record, shared_samples
+
+_STEPS = 33  # positions of the slider
+_DELTA = 0.1  # how often a certified bound may fail
+_PICTURES, _THUMBNAIL = 6, 112  # of each kind per exit; pixels
+_CLASSES = 10  # of each kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_main():
         return 0
     findings = _find(args, inputs, solving, policy)
-    _page(args, inputs, findings).write(args.output)
+    _write(args, inputs, findings)
     if args.json:
         print_json(_summary(args, inputs, findings))
         return 0
@@ -116,6 +124,8 @@ class _Findings:
         overlap: images reported on that thresholds were solved on too.
         under_policy: the table with the policy's confidences.
         ensemble: None where the table has no logits.
+        path: what policies from the cheapest to the fullest do, the positions of the page's slider; ``bounds`` of the
+            share of their answers that differ from the last exit's, None where nothing can be certified.
     """
 
     policy: ExitPolicy
@@ -127,6 +137,8 @@ class _Findings:
     calibration: list[Calibration]
     ensemble: list[AnytimePoint] | None
     budgets: list[BudgetPoint]
+    path: list[PolicyResult]
+    bounds: list[float | None]
 
 
 def _find(args: argparse.Namespace, inputs: Inputs, solving: ExitTable, policy: ExitPolicy | None) -> _Findings:
@@ -138,17 +150,36 @@ def _find(args: argparse.Namespace, inputs: Inputs, solving: ExitTable, policy: 
         check_weights(policy, (table.about or {}).get("weights"), args.force)
     policy.check_model(inputs.model)
     under_policy = fit_table(table, policy)
+    overlap = max(policy.overlap(table) or 0, shared_samples(table, solving) or 0)
+    # Halves of one table are apart; of another one it must be known.
+    apart = shared_samples(table, solving) == 0 or not (args.solve_table or args.solve_split)
+    path = policy_path(solving, costs, _STEPS, args.method)
     return _Findings(
         policy=policy,
         num_solved=solving.num_samples,
-        overlap=max(policy.overlap(table) or 0, shared_samples(table, solving) or 0),
+        overlap=overlap,
         under_policy=under_policy,
         result=evaluate_policy(policy, under_policy, costs),
         anytime=anytime_curve(table, costs),
         calibration=calibration(table),
         ensemble=ensemble_curve(table, costs) if table.logits is not None else None,
         budgets=budgeted_curve(solving, table, costs, args.budgets, method=args.method),
+        path=[evaluate_policy(policy, table, costs) for policy in path],
+        bounds=disagreement_bounds(path, table).tolist() if apart else [None] * len(path),
     )
+
+
+def disagreement_bounds(path: Sequence[ExitPolicy], table: ExitTable, delta: float = _DELTA) -> np.ndarray:
+    """Upper bounds (S,) of the share of answers that differ from the last exit's, for each policy of a path.
+
+    Clopper and Pearson's exact binomial bound of each at ``delta / S``: with probability 1 - ``delta`` over the samples
+    of the table, which must not be those the path was solved on, all of them hold together, so that whoever looks at
+    them may choose any.
+    """
+    losses = path_losses(path, table)
+    count = losses.shape[1]
+    differ = losses.sum(1)
+    return np.where(differ < count, beta.ppf(1 - delta / len(path), differ + 1, np.maximum(count - differ, 1e-9)), 1.0)
 
 
 def _summary(args: argparse.Namespace, inputs: Inputs, findings: _Findings) -> dict[str, Any]:
@@ -168,108 +199,141 @@ def _summary(args: argparse.Namespace, inputs: Inputs, findings: _Findings) -> d
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _page(args: argparse.Namespace, inputs: Inputs, findings: _Findings) -> Page:
-    page = Page(f"{args.model} on {args.data or args.table}")
-    _add_summary(page, args, inputs, findings)
-    _add_budgets(page, args, inputs, findings)
-    _add_images(page, inputs, findings)
-    _add_exits(page, inputs, findings)
-    return page
-
-
-def _add_summary(page: Page, args: argparse.Namespace, inputs: Inputs, findings: _Findings) -> None:
-    table, result, last = inputs.table, findings.result, inputs.costs[-1]
-    page.add_text(
+def _write(args: argparse.Namespace, inputs: Inputs, findings: _Findings) -> None:
+    table = inputs.table
+    intro = (
         f"{table.num_samples} images reported on, thresholds solved on {findings.num_solved} others by method "
         f"{args.method}; confidence {table.measure}; costs in {inputs.unit} per image."
     )
-    if findings.overlap:
-        page.add_text(f"No test: {overlap_note(findings.overlap, table)}")
-    page.add_numbers(
-        [
-            (percent(result.accuracy), "accuracy under the policy"),
-            (percent(max(p.accuracy for p in findings.anytime)), "accuracy of the best exit"),
-            (percent(result.cost / last), f"of the last exit's {inputs.unit} spent"),
-            (f"{last / result.cost:.2f}x", f"fewer {inputs.unit}"),
-        ]
-    )
+    note = f"No test: {overlap_note(findings.overlap, table)}" if findings.overlap else None
+    write_page(args.output, f"{args.model} on {args.data or args.table}", intro, note, _data(inputs, findings))
 
 
-def _add_budgets(page: Page, args: argparse.Namespace, inputs: Inputs, findings: _Findings) -> None:
-    points, unit = findings.budgets, inputs.unit
-    page.add_figure(
-        "Accuracy over cost",
-        plots.budget_curve({f"budgeted ({args.method})": points}, findings.anytime, unit),
-        "Bands: 95 % bootstrap intervals. Stars: everybody leaves at one exit.",
-    )
-    page.add_table(
-        ["budget", "spent", "accuracy", "95 %", *(f"exit {k + 1}" for k in range(inputs.table.num_exits))],
-        [
-            [
-                amount(p.budget, unit),
-                f"{amount(p.cost, unit)} ({percent(p.cost / p.budget)})",
-                percent(p.accuracy),
-                _interval(p.interval),
-                *(percent(share) for share in p.shares),
-            ]
-            for p in points
-        ],
-        "Budgets hold on the images they were solved on; what was spent on these is beside them.",
-    )
-    page.add_figure(
-        "Where images leave", plots.exit_shares(points, unit), "Share of the images per exit at each budget."
-    )
-
-
-def _add_images(page: Page, inputs: Inputs, findings: _Findings) -> None:
-    if inputs.images is not None:
-        page.add_figure(
-            "Easiest and hardest images",
-            plots.easiest_and_hardest(inputs.images, findings.under_policy, findings.policy, inputs.class_names),
-            "Under the policy: surest at the first exit, and left to the last. Orange: answered wrongly.",
+def _data(inputs: Inputs, findings: _Findings) -> dict[str, Any]:
+    """What the page's script draws (cli/page.js)."""
+    table, path, policy = inputs.table, findings.path, findings.result
+    if findings.bounds[0] is None:
+        says = "Nothing is certified: these images are not known to be others than those the thresholds were solved on."
+    else:
+        says = (
+            f"Certified with {100 * (1 - _DELTA):.0f} % confidence, for all positions of the slider together, if later "
+            "images are like these: at most this share of the answers differs from the last exit's."
         )
-    page.add_figure(
-        "Where each class leaves",
-        plots.class_exits(findings.result, inputs.class_names),
-        "Under the policy: classes that leave earliest, and below the line those that leave latest.",
-    )
-
-
-def _add_exits(page: Page, inputs: Inputs, findings: _Findings) -> None:
-    table, ensemble = inputs.table, findings.ensemble
-    page.add_figure(
-        "Reliability",
-        plots.reliability(findings.calibration),
-        "Accuracy over confidence; on the dashed line confidence can be taken at its word.",
-    )
-    head = ["", "cost", "accuracy", "95 %", *(["running ensemble"] if ensemble else []), "ECE", "AUROC", "AURC"]
-    page.add_table(
-        head,
-        [
-            [
-                f"exit {k + 1}",
-                amount(point.cost, inputs.unit),
-                percent(point.accuracy),
-                _interval(point.interval),
-                *([percent(ensemble[k].accuracy)] if ensemble else []),
-                percent(exit_.ece),
-                "-" if np.isnan(exit_.auroc) else f"{exit_.auroc:.3f}",
-                f"{exit_.aurc:.3f}",
-            ]
-            for k, (point, exit_) in enumerate(zip(findings.anytime, findings.calibration, strict=True))
+    costs = [point.cost for point in path]
+    return {
+        "unit": inputs.unit,
+        "bound_says": says,
+        "exits": _exits(findings),
+        "points": [
+            {**_accuracy(point), "shares": point.shares.tolist(), "bound": bound}
+            for point, bound in zip(path, findings.bounds, strict=True)
         ],
-        "ECE: expected calibration error. AUROC: how well confidence tells right from wrong answers. AURC: mean error "
-        "among the most confident, over all coverages (lower is better).",
-    )
-    if table.logits is not None:
-        views = [softmax(logits, axis=-1) for logits in table.logits]
-        labels = [*(f"exit {k + 1}" for k in range(table.num_exits)), "labels"]
-        page.add_figure(
-            "Similarity of exits",
-            plots.cka_heatmap(cka_matrix(views, table.target), labels),
-            "Linear CKA of the exits' probabilities, and of these and the labels.",
+        "start": int(np.argmin(np.abs(np.array(costs) - policy.cost))),
+        "policy": _accuracy(policy),
+        "reliability": [_bins(exit_) for exit_ in findings.calibration],
+        "pictures_say": "Surest and least sure of those that leave at each.",
+        "pictures": [] if inputs.images is None else _pictures(inputs, findings),
+        "classes": _classes(policy, table.target, inputs.class_names),
+        "similarity": _similarity(table),
+    }
+
+
+def _accuracy(found: AnytimePoint | PolicyResult) -> dict[str, float]:
+    low, high = found.interval
+    return {"cost": float(found.cost), "accuracy": float(found.accuracy), "low": float(low), "high": float(high)}
+
+
+def _exits(findings: _Findings) -> list[dict[str, Any]]:
+    ensemble = findings.ensemble or [None] * len(findings.anytime)
+    return [
+        {
+            **_accuracy(point),
+            "ensemble": None if running is None else float(running.accuracy),
+            **{key: value for key, value in exit_.to_dict().items() if key != "exit_index"},
+        }
+        for point, running, exit_ in zip(findings.anytime, ensemble, findings.calibration, strict=True)
+    ]
+
+
+def _bins(exit_: Calibration) -> list[dict[str, float]]:
+    bins = zip(exit_.bin_confidence.tolist(), exit_.bin_accuracy.tolist(), exit_.bin_share.tolist(), strict=True)
+    return [{"confidence": sure, "accuracy": right, "share": share} for sure, right, share in bins if share > 0]
+
+
+def _classes(result: PolicyResult, target: np.ndarray, names: list[str] | None) -> list[dict[str, Any]]:
+    """The classes that leave earliest, then those that leave latest; all where there are few."""
+    depth = result.class_shares @ np.arange(result.class_shares.shape[1])
+    order = np.argsort(depth, kind="stable")
+    if len(order) > 2 * _CLASSES:
+        order = np.concatenate([order[:_CLASSES], order[-_CLASSES:]])
+    counts = np.bincount(target)
+    return [
+        {
+            "name": _name(int(result.classes[i]), names),
+            "shares": result.class_shares[i].tolist(),
+            "accuracy": float(result.class_accuracy[i]),
+            "count": int(counts[result.classes[i]]),
+        }
+        for i in order
+    ]
+
+
+def _name(index: int, names: list[str] | None) -> str:
+    return names[index] if names is not None and index < len(names) else f"class {index}"
+
+
+def _similarity(table: ExitTable) -> dict[str, Any] | None:
+    if table.logits is None:
+        return None
+    matrix = cka_matrix([softmax(logits, axis=-1) for logits in table.logits], table.target)
+    names = [*(f"exit {k + 1}" for k in range(table.num_exits)), "labels"]
+    return {"names": names, "matrix": np.nan_to_num(matrix).tolist()}
+
+
+def _pictures(inputs: Inputs, findings: _Findings) -> list[dict[str, Any]]:
+    """Of every exit anybody left at: the surest and the least sure of those who did."""
+    table, result = findings.under_policy, findings.result
+    groups = []
+    for exit_ in range(table.num_exits):
+        members = np.flatnonzero(result.exits == exit_)
+        if len(members) == 0:
+            continue
+        sure = np.nan_to_num(table.confidence[exit_, members], nan=-np.inf)
+        order = members[np.argsort(-sure, kind="stable")]
+        easiest = order[:_PICTURES]
+        hardest = order[len(easiest) :][::-1][:_PICTURES]
+        groups.append(
+            {
+                "exit": exit_,
+                "share": len(members) / table.num_samples,
+                "accuracy": float(result.correct[members].mean()),
+                "easiest": [_picture(inputs, table, exit_, int(i)) for i in easiest],
+                "hardest": [_picture(inputs, table, exit_, int(i)) for i in hardest],
+            }
         )
+    return groups
 
 
-def _interval(interval: tuple[float, float]) -> str:
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+def _picture(inputs: Inputs, table: ExitTable, exit_: int, i: int) -> dict[str, Any]:
+    image, _ = inputs.images[i]
+    if not isinstance(image, Image.Image):
+        image = image[len(image) // 2]  # a clip, by its middle frame
+    sure, said, truth = table.confidence[exit_, i], int(table.prediction[exit_, i]), int(table.target[i])
+    return {
+        "source": _thumbnail(image),
+        "truth": _name(truth, inputs.class_names),
+        "said": _name(said, inputs.class_names),
+        "right": said == truth,
+        "confidence": None if np.isnan(sure) else float(sure),
+    }
+
+
+def _thumbnail(image: Image.Image) -> str:
+    """The picture as an address that holds it; lossless where it is small already."""
+    image, small = image.convert("RGB"), io.BytesIO()
+    if max(image.size) <= _THUMBNAIL:
+        image.save(small, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.save(small, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}"
