@@ -87,6 +87,9 @@ class Field:
             f"plain_{self.size}": plain(self.size),
             "dynperceiver": training("dynperceiver", self.size, read_off, num_latents=64, latent_depths=(1, 1, 2, 2)),
             **{f"plain_{size}": plain(size) for size in self.sizes},
+            # Two further tries: heads that convolve, and exits only where a linear head can tell the classes apart.
+            "exits_conv": training("with_exits", self.size, read_off, exits=4, head="conv", head_hidden=96),
+            "exits_late": training("with_exits", self.size, read_off, exits="blocks.3,blocks.4", head="mlp"),
             **{"cascade_" + "_".join(map(str, sizes)): partial(self.cascade, sizes) for sizes in self.cascades},
             # The whole network is there, and nothing behind the stage is learnt, run or counted.
             **{f"cut_{name}": training("with_exits", self.size, {}, weights=[1, 0], exits=name) for name in self.cuts},
