@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 from safetensors.torch import load_file, save
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..exits.files import atomic_folder
 from ..exits.reading import reading, strict_json
+from ..timm._host import save_config_for_hf
 from .families import Family, find_family
 
 if TYPE_CHECKING:

@@ -14,14 +14,11 @@ schedule switched off (``--sched none``) there is nothing to follow and the scri
 
 import json
 import os
-import runpy
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm.models
 import timm.scheduler
@@ -33,6 +30,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..timm._progress import follow_updates
+from ..timm._scripts import check_script, run_script
 from .bottleneck import BottleneckConfig
 from .checkpoints import load_backbone
 from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
@@ -158,6 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or not os.path.isfile(argv[0]):
         raise SystemExit(f"usage: python -m exit_plugins.peft.timm_door PATH/TO/train.py [its options]; got {argv[:1]}")
+    try:
+        check_script(argv[0])
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"exit_plugins.peft.timm_door: {error}") from error
     folders: list[str] = []
     make_folder = timm.utils.get_outdir
 
@@ -165,18 +167,15 @@ def main(argv: list[str] | None = None) -> None:
         folders.append(make_folder(*args, **kwargs))
         return folders[-1]
 
-    with ExitStack() as stack:
-        for module, name, value in (
-            (timm.task, "ClassificationTask", DynTask),
-            (timm.scheduler, "create_scheduler_v2", _following_scheduler(timm.scheduler.create_scheduler_v2)),
-            (timm.utils, "get_outdir", get_outdir),
-            (sys, "argv", list(argv)),
-        ):
-            stack.enter_context(mock.patch.object(module, name, value))
-        names = runpy.run_path(argv[0], run_name="__main__")  # noqa: F841  keeps the script's model alive
-        model = DynTask.latest and DynTask.latest()
-        if model is not None and folders:
-            model.save_pretrained(os.path.join(folders[-1], "adapter"))
+    names = {
+        "timm.task": {"ClassificationTask": DynTask},
+        "timm.scheduler": {"create_scheduler_v2": _following_scheduler(timm.scheduler.create_scheduler_v2)},
+        "timm.utils": {"get_outdir": get_outdir},
+    }
+    script = run_script(argv[0], argv[1:], names)  # noqa: F841  keeps the script's model alive
+    model = DynTask.latest and DynTask.latest()
+    if model is not None and folders:
+        model.save_pretrained(os.path.join(folders[-1], "adapter"))
 
 
 if __name__ == "__main__":

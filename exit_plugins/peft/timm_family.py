@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

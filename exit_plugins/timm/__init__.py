@@ -14,6 +14,7 @@ if [int(part) for part in re.findall(r"\d+", timm.__version__)[:3]] < [1, 0, 31]
     )
 
 from ._cards import load_from_hf, model_card, save_for_hf
+from ._host import registered_modules
 from ._shipped import list_shipped, shipped_policy
 
 __all__ = [
@@ -48,7 +49,5 @@ _OF_CLIPS = {"video"}
 
 def list_models(clips: bool | None = None) -> list[str]:
     """Names of the timm models this package registers, sorted; with ``clips`` those whose samples are clips, or not."""
-    from timm.models import _registry
-
     modules = {m for m in ARCHITECTURES if clips is None or (m in _OF_CLIPS) == clips}
-    return sorted(name for name, module in _registry._model_to_module.items() if module in modules)
+    return sorted(name for name, module in registered_modules().items() if module in modules)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from .split import Split, map_layout, meta_copy

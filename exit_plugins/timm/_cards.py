@@ -8,13 +8,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models._hub import generate_readme, hf_split
 from torch import nn
 
 from ..exits import exit_costs
 from ..exits.files import atomic_write
 from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.protocol import check_multi_exit
+from ._host import generate_readme, hf_split
 from .images import input_config
 
 __all__ = ["load_from_hf", "model_card", "save_for_hf"]

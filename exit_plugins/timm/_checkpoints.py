@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, load_state_dict
-from timm.models._builder import _resolve_pretrained_source, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, load_state_dict, resolve_pretrained_cfg
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..exits.reading import reading
+from ._host import resolve_pretrained_source
 
 __all__ = [
     "FEATURE_ARGUMENTS",
@@ -242,7 +242,7 @@ def build_with_checkpoint(model_cls: Any, variant: str, pretrained: bool, **kwar
     if pretrained:
         overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        source, location = _resolve_pretrained_source(cfg.to_dict())
+        source, location = resolve_pretrained_source(cfg.to_dict())
         if source == "url":
             filename = ".".join(part for part in (variant, cfg.tag) if part) + ".pth"
             path = fetch_checkpoint(location, filename, cache_dir=kwargs.get("cache_dir"))

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import ConvNormAct
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from timm.models.regnet import Bottleneck as RegNetBottleneck
 from torch import Tensor, nn
 
 from ._checkpoints import check_keys, unwrap_state_dict
+from ._host import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 
 if TYPE_CHECKING:
     from .dynperceiver import DynPerceiver

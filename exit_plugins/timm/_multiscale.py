@@ -13,10 +13,10 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
+from ._host import feature_take_indices
 from ._scale_plan import LayerPlan, plan_layers, trim_plan
 from .layers import check_image, fuse_convolutions
 

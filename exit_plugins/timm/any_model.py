@@ -6,14 +6,14 @@ from typing import Any
 import timm
 import torch
 from timm.layers import ConvNormAct, get_device_dtype
-from timm.models import generate_default_cfgs, register_model
-from timm.models._input import get_model_args, get_model_input_config, update_model_args
+from timm.models import generate_default_cfgs, get_model_args, get_model_input_config, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..exits.clips import sample_size
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
+from ._host import model_traits, set_model_traits, update_model_args
 from ._networks import fuse_network, groups_of_part
 from .layers import check_has_exits, check_image
 from .split import Cut, Split, find_cuts, place_cuts, pool_features
@@ -425,7 +425,7 @@ def _remember(model: WithExits, **arguments: Any) -> None:
     """Keep what timm needs to build ``model`` again from a saved folder, and to read its input."""
     backbone = model.backbone
     first_conv = _prefixed((getattr(backbone, "pretrained_cfg", None) or {}).get("first_conv"))
-    model._traits = {**getattr(backbone, "_traits", {}), "first_conv": first_conv}
+    set_model_traits(model, {**model_traits(backbone), "first_conv": first_conv})
     name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
     arguments = {**get_model_args(backbone), **arguments, "backbone": name, "exits": list(model.exit_names)}
     update_model_args(model, **arguments)

@@ -11,12 +11,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.models import generate_default_cfgs, group_parameters, register_model
-from timm.models._input import get_model_args, get_model_input_config, update_model_args
+from timm.models import generate_default_cfgs, get_model_args, get_model_input_config, group_parameters, register_model
 from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
+from ._host import set_model_traits, update_model_args
 from .layers import check_has_exits, check_image
 
 __all__ = ["Cascade", "cascade_of"]
@@ -345,7 +345,7 @@ def _configuration(model: Cascade) -> dict[str, Any]:
 
 def _remember(model: Cascade) -> None:
     """Keep what timm needs to build ``model`` again from a saved folder."""
-    model._traits = {"first_conv": _configuration(model)["first_conv"], "fixed_input_size": False}
+    set_model_traits(model, {"first_conv": _configuration(model)["first_conv"], "fixed_input_size": False})
     members = [model.networks[index] for index in model.member_network]
     arguments = [get_model_args(net) for net in members]
     shared = {key: value for key, value in arguments[0].items() if all(a.get(key) == value for a in arguments)}

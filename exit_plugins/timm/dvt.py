@@ -26,14 +26,13 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args, update_model_input_size
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..exits.protocol import MultiExit
 from ._checkpoints import build_with_checkpoint, share_link
 from ._dvt_weights import allow_numpy_data, checkpoint_filter_fn, policies_from_checkpoint
+from ._host import feature_take_indices, update_model_args, update_model_input_size
 from .layers import check_has_exits
 
 __all__ = ["DVT", "DVTCfg", "policies_from_checkpoint"]

@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, DropPath, Mlp, calculate_drop_path_rates, get_device_dtype, make_divisible
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
-from timm.models._features import feature_take_indices
-from timm.models._input import get_model_input_config
+from timm.models import checkpoint_seq, generate_default_cfgs, get_model_input_config, register_model
 from timm.models.regnet import Bottleneck as RegNetBottleneck
 from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import downsample_conv
@@ -28,6 +25,14 @@ from ..exits.protocol import MultiExit
 from ._branch import FeatureBranch, network_branch
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart, build_with_checkpoint, share_link
 from ._dynperceiver_weights import checkpoint_filter_fn
+from ._host import (
+    DepthwiseSeparableConv,
+    InvertedResidual,
+    SqueezeExcite,
+    feature_take_indices,
+    model_traits,
+    set_model_traits,
+)
 from ._networks import fuse_network, groups_of_part
 from .layers import (
     AdaptiveAverage,
@@ -1053,7 +1058,7 @@ def _create_over_network(
     in_chans = get_model_input_config(net)["input_size"][0]
     drop = {key: kwargs[key] for key in ("drop_rate",) if key in kwargs}
     model = DynPerceiver(DynPerceiverCfg("network"), in_chans, num_classes, backbone=net, **own, **drop, **dd)
-    model._traits = {**getattr(net, "_traits", {}), "first_conv": cfg["first_conv"]}
+    set_model_traits(model, {**model_traits(net), "first_conv": cfg["first_conv"]})
     cfg["classifier"] = tuple(
         f"{root}.{index}.fc" for root in ("heads", "transfers") for index in range(len(getattr(model, root)))
     )

@@ -9,7 +9,7 @@ leave at any cut.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from ._analysis import CannotCut, Cut, analyse, feature_info, map_layout, pool_features

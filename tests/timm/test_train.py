@@ -22,7 +22,10 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 
 from exit_plugins import MultiExitLoss
 from exit_plugins.timm import list_models, train
-from exit_plugins.timm.train import ExitLossOptions, MultiExitTask, check_script, check_timm
+from exit_plugins.timm._exit_metrics import ValidationLog
+from exit_plugins.timm._host import check_timm
+from exit_plugins.timm._scripts import check_script
+from exit_plugins.timm.train import ExitLossOptions, MultiExitTask
 
 SMALL = [name for name in list_models(clips=False) if name.endswith("_test")]
 MODEL = SMALL[-1]
@@ -421,7 +424,7 @@ def test_accuracies_of_exits_survive_casts_and_slices_or_say_so(change, kept, dt
     task, x = MultiExitTask(inner, verbose=False), torch.randn(6, *inner.pretrained_cfg["input_size"])
     model, target = task.get_eval_model().eval(), torch.randint(3, (6,))
     saved = {}
-    log = train._ValidationLog(timm.utils.accuracy, lambda epoch, _, metrics: saved.update(metrics))
+    log = ValidationLog(timm.utils.accuracy, lambda epoch, _, metrics: saved.update(metrics))
     evaluator = task.create_evaluator()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = change(model(x))
