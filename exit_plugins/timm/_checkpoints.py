@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..exits.reading import reading
-from ._host import resolve_pretrained_source
+from ._host import model_traits, resolve_pretrained_source
 
 __all__ = [
     "FEATURE_ARGUMENTS",
@@ -211,7 +211,7 @@ class WholeOrPart:
             features: Of ``FEATURE_ARGUMENTS`` those that were given.
         """
         # Where the configuration fixes a size, timm records that one, whatever size the networks inside were built for.
-        built_for = getattr(model, "_traits", {}).get("img_size")
+        built_for = model_traits(model).get("img_size")
         size = {} if built_for is None else {"img_size": built_for}
         model = build_model_with_cfg(
             lambda **_: model,

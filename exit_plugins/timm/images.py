@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 from timm.data import resolve_data_config
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import nn
 
 from ..exits.clips import sample_size

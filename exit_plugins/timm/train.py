@@ -30,6 +30,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..exits import MultiExitLoss
+from ..exits.protocol import is_multi_exit
 from ._exit_metrics import ExitRecorder, MultiExitEvaluator, ValidationLog
 from ._host import SWAPPED
 from ._loss_options import ExitLossOptions, add_loss_arguments, config_values, options_of, write_options
@@ -39,11 +40,6 @@ from ._scripts import Names, check_script, put_in_place, run_script
 __all__ = ["ExitLossOptions", "MultiExitEvaluator", "MultiExitTask", "main"]
 
 _logger = logging.getLogger(__name__)
-
-
-def is_multi_exit(model: nn.Module) -> bool:
-    """Whether ``model`` (unwrapped) has exits to train."""
-    return all(hasattr(model, name) for name in ("num_exits", "begin_exits", "forward_exit"))
 
 
 class MultiExitTask(ClassificationTask):
