@@ -69,7 +69,7 @@ def test_what_is_imported_in_that_place_is_in_its_list():
 
 def test_a_swap_that_is_not_listed_is_refused():
     with (
-        pytest.raises(ValueError, match=r"timm\.data\.create_dataset is to be swapped .* SWAPPED"),
+        pytest.raises(ValueError, match=r"timm\.data\.create_dataset is to be swapped .*SWAPPED"),
         in_place({"timm.data": {"create_dataset": None}}),
     ):
         pass
