@@ -9,7 +9,6 @@ import timm
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +18,7 @@ from ..timm._checkpoints import describe_keys, fetch_checkpoint, read_checkpoint
 from ..timm._host import FeatureGetterNet
 from ..timm.dynperceiver import checkpoint_filter_fn
 from ..timm.weights import packaged_weights
+from ._host import get_torch_safe_globals
 
 __all__ = ["DynPerceiver", "TimmBackbone"]
 

@@ -12,32 +12,25 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
-from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..exits import MultiExitLoss
 from ..exits.clips import over_clips
 from ..exits.files import atomic_folder
+from ._host import NoMatchingPeftModuleError
 from .card import update_card
 from .dyn_config import DynConfig
 from .families import Family, find_family
+from .fitting import check_backbone, check_method, last_classifier, save_classifiers
 from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, reading_folder, write_exits
-from .multi_exit import EarlyHead, ExitHeads, ExitModel, MultiExitBackbone, widen_classifiers
+from .heads import EarlyHead, ExitHeads, widen_classifiers
+from .multi_exit import ExitModel, MultiExitBackbone
 from .precision import check_mergeable, halve_saved, single_saved
 from .schedule import GradientMask, exit_weights, set_dropout
 from .timm_family import TimmFamily, fill_targets, uncalled_adapters
 
 __all__ = ["DynConfig", "DynPeftModel", "get_dyn_peft_model"]
-
-# PEFT methods that are registered as the others are and cannot adapt an image classifier, and why.
-_UNFIT = {
-    "POLY": "it needs task_ids with every call",
-    "SHADOW": "it runs a copy of a language model's decoder beside the model",
-    "TRAINABLE_TOKENS": "it trains token embeddings",
-    "XLORA": "it mixes LoRA adapters that were saved before, for a language model",
-}
 
 
 class DynPeftModel(ExitModel, PeftModel):
@@ -66,11 +59,11 @@ class DynPeftModel(ExitModel, PeftModel):
     ) -> None:
         dyn_config = dyn_config or DynConfig()
         family = find_family(model)
-        _check_method(peft_config)
-        exit_after = _check_backbone(model, family, dyn_config)
+        check_method(peft_config)
+        exit_after = check_backbone(model, family, dyn_config)
         family.prepare(model)
         widen_classifiers(model, family.classifiers(model), dyn_config.last_head_width)
-        _save_classifiers(peft_config, model, family.classifiers(model))
+        save_classifiers(peft_config, model, family.classifiers(model))
         if isinstance(family, TimmFamily):
             fill_targets(peft_config, model, family)
         try:
@@ -129,7 +122,7 @@ class DynPeftModel(ExitModel, PeftModel):
         family, backbone = self.family, self.backbone
         config = copy.deepcopy(config)
         config.exit_interval = exit_after[0]
-        reference = _classifier(backbone, family)
+        reference = last_classifier(backbone, family)
         config.num_classes = reference.weight.shape[0]
         widths = family.widths(backbone)
         hidden = config.hidden_widths(len(exit_after))
@@ -211,7 +204,7 @@ class DynPeftModel(ExitModel, PeftModel):
         progress = self.progress if progress is None else progress
         config = self.dyn_config[self._active]
         weights = exit_weights(self.num_exits, progress, config.lambda_shallow, config.lambda_deep)
-        weights = torch.tensor(weights, device=_classifier(self.backbone, self.family).weight.device)
+        weights = torch.tensor(weights, device=last_classifier(self.backbone, self.family).weight.device)
         if self.exit_weights.shape == weights.shape:
             self.exit_weights.copy_(weights)  # in place: compiled steps and CUDA graphs hold on to the buffer
         else:
@@ -299,10 +292,10 @@ class DynPeftModel(ExitModel, PeftModel):
                 f"the model takes {getattr(self, 'num_frames', None) or 'no'} frames and this adapter's num_frames is "
                 f"{dyn_config.num_frames}; all adapters of one model take the same samples."
             )
-        _check_method(peft_config)
-        exit_after = _check_backbone(self.backbone, self.family, dyn_config)
+        check_method(peft_config)
+        exit_after = check_backbone(self.backbone, self.family, dyn_config)
         widen_classifiers(self.backbone, self.family.classifiers(self.backbone), dyn_config.last_head_width)
-        _save_classifiers(peft_config, self.backbone, self.family.classifiers(self.backbone))
+        save_classifiers(peft_config, self.backbone, self.family.classifiers(self.backbone))
         if isinstance(self.family, TimmFamily):
             fill_targets(peft_config, self.backbone, self.family)
         super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
@@ -515,70 +508,6 @@ def get_dyn_peft_model(
         dyn_config,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
-
-
-def _classifier(model: nn.Module, family: Family) -> nn.Module:
-    """The layer that gives the last exit's logits; what stands there, if it is none."""
-    found = model.get_submodule(family.classifiers(model)[0])
-    if isinstance(found, AuxiliaryTrainingWrapper):
-        found = next(iter(found.modules_to_save.values()))
-    if isinstance(found, nn.Linear | nn.Conv2d):
-        return found
-    return [found, *(m for m in found.modules() if isinstance(m, nn.Linear | nn.Conv2d))][-1]
-
-
-def _check_method(config: PeftConfig) -> None:
-    """TypeError if the method cannot adapt the layers of an image classifier, ValueError if it is told it is none."""
-    method = config.peft_type.value
-    reason = _UNFIT.get(method)
-    if config.is_prompt_learning or config.is_adaption_prompt or not hasattr(config, "modules_to_save"):
-        reason = reason or "it does not wrap layers of the backbone"
-    if reason:
-        raise TypeError(
-            f"{method} cannot adapt an image classifier: {reason}. Choose a method that wraps its layers, such as "
-            "LoRA, RepAdapter or Bottleneck."
-        )
-    if config.task_type is not None:
-        raise ValueError(f"task_type={config.task_type} is for language models; leave it out.")
-
-
-def _check_backbone(model: nn.Module, family: Family, config: DynConfig) -> tuple[int, ...]:
-    """Where exits stand in ``model``, if ``config`` fits it."""
-    found = _classifier(model, family)
-    if not hasattr(found, "weight"):
-        raise ValueError(
-            f"{type(model).__name__} has no classifier, which is the last exit's head: create it with num_classes "
-            f"(num_labels in transformers){f' = {config.num_classes}' if config.num_classes else ''}."
-        )
-    if config.num_classes is not None and found.weight.shape[0] != config.num_classes:
-        raise ValueError(
-            f"the backbone's classifier has {found.weight.shape[0]} classes and DynConfig says {config.num_classes}: "
-            f"create the backbone for the task (num_classes={config.num_classes} in timm.create_model, num_labels in "
-            f"transformers), or call reset_classifier({config.num_classes}) of a timm model. All adapters of one "
-            "backbone have its number of classes."
-        )
-    if config.token == "cls" and not family.has_class_token(model):
-        raise ValueError(f"this {type(model).__name__} has no class token; use token='mean' or leave token out.")
-    exit_after = config.exit_after(family, len(family.units(model)))
-    config.hidden_widths(len(exit_after))
-    return exit_after
-
-
-def _save_classifiers(config: PeftConfig, model: nn.Module, names: list[str]) -> None:
-    """Have the classifiers trained and saved along, as PEFT's ``modules_to_save``."""
-    # PEFT goes by the ends of names.
-    ends = tuple(names)
-    others = [name for name, _ in model.named_modules() if name.endswith(ends) and not name.startswith(ends)]
-    if others:
-        warnings.warn(
-            f"PEFT trains the classifier {', '.join(names)} in full, and with it every module whose name ends so: "
-            f"{', '.join(others)}.",
-            stacklevel=4,
-        )
-    config.modules_to_save = [
-        *(config.modules_to_save or []),
-        *(n for n in names if n not in (config.modules_to_save or [])),
-    ]
 
 
 def _config_of(record: dict[str, Any]) -> DynConfig:

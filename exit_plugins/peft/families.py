@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from ._host import AuxiliaryTrainingWrapper
 
 __all__ = ["Family", "find_family", "names_of", "register_family"]
 

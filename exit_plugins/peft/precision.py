@@ -4,10 +4,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
+
+from ._host import BaseTunerLayer, ModulesToSaveWrapper
 
 __all__ = ["check_mergeable", "halve_saved", "is_quantised", "single_saved"]
 

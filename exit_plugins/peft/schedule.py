@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ._host import BaseTunerLayer
 
 __all__ = ["GradientMask", "exit_weights", "set_dropout"]
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..exits import MultiExit
 from ..timm.split import Split, find_cuts, is_layer, meta_copy, pool_features
+from ._host import BaseTunerLayer
 from .families import Family, names_of
 
 __all__ = ["TimmFamily", "fill_targets", "input_size", "is_timm", "timm_classifiers", "uncalled_adapters"]

@@ -1,32 +1,15 @@
-"""What the tuners of this wing share: their PEFT type, the common fields of a config, and how a layer is wrapped."""
+"""What the tuners of this wing share: the common fields of a config, and how a layer is wrapped."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from peft import PeftConfig
 from torch import Tensor, nn
 
-__all__ = ["AdapterConfig", "AdapterLayer", "AdapterModel", "add_peft_type"]
+from ._host import BaseTuner, BaseTunerLayer, get_pattern_key
 
-
-def add_peft_type(name: str) -> PeftType:
-    """The member ``name`` of PEFT's enumeration of methods, added if PEFT does not have it.
-
-    PEFT looks up every method in this enumeration and offers no way to extend it. The member made here is a full one
-    (``.value``, pickling, copying, JSON), which a plain string would not be.
-    """
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = member._value_ = name
-        member._sort_order_ = len(PeftType.__members__)
-        PeftType._member_map_[name] = member
-        PeftType._member_names_.append(name)
-        PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)  # EnumType refuses to set a member by name
-    return PeftType[name]
+__all__ = ["AdapterConfig", "AdapterLayer", "AdapterModel"]
 
 
 @dataclass

@@ -20,7 +20,7 @@ from exit_plugins import (
 )
 from exit_plugins.exits.evaluation import cka
 from exit_plugins.exits.protocol import select_samples
-from exit_plugins.peft.multi_exit import EarlyHead
+from exit_plugins.peft.heads import EarlyHead
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ..tuner import AdapterConfig, add_peft_type
+from .._host import add_peft_type
+from ..tuner import AdapterConfig
 
 PEFT_TYPE = add_peft_type("BOTTLENECK")
 

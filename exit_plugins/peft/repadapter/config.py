@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
-from ..tuner import AdapterConfig, add_peft_type
+from .._host import add_peft_type, get_pattern_key
+from ..tuner import AdapterConfig
 
 PEFT_TYPE = add_peft_type("REPADAPTER")
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from .._host import check_adapters_to_merge
 from ..precision import is_quantised
 from ..tuner import AdapterLayer, xavier_linear
 from .config import RepAdapterConfig

@@ -1,7 +1,6 @@
 """The RepAdapter tuner."""
 
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
+from .._host import LORA_TARGETS
 from ..tuner import AdapterModel
 from .layer import RepAdapterLayer
 
@@ -22,7 +21,7 @@ class RepAdapterModel(AdapterModel):
     prefix = "repadapter_"
     tuner_layer_cls = RepAdapterLayer
     target_module_mapping = {
-        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+        **LORA_TARGETS,
         **dict.fromkeys(("vit", "deit", "dinov2", "beit"), ["q_proj", "k_proj", "v_proj", "fc1"]),
     }
 

@@ -1,0 +1,84 @@
+"""What dynamic adapters ask of a PEFT method and of a backbone before either is touched."""
+
+import warnings
+
+from peft import PeftConfig
+from torch import nn
+
+from ._host import AuxiliaryTrainingWrapper
+from .dyn_config import DynConfig
+from .families import Family
+
+__all__ = ["check_backbone", "check_method", "last_classifier", "save_classifiers"]
+
+# PEFT methods that are registered as the others are and cannot adapt an image classifier, and why.
+_UNFIT = {
+    "POLY": "it needs task_ids with every call",
+    "SHADOW": "it runs a copy of a language model's decoder beside the model",
+    "TRAINABLE_TOKENS": "it trains token embeddings",
+    "XLORA": "it mixes LoRA adapters that were saved before, for a language model",
+}
+
+
+def last_classifier(model: nn.Module, family: Family) -> nn.Module:
+    """The layer that gives the last exit's logits; what stands there, if it is none."""
+    found = model.get_submodule(family.classifiers(model)[0])
+    if isinstance(found, AuxiliaryTrainingWrapper):
+        found = next(iter(found.modules_to_save.values()))
+    if isinstance(found, nn.Linear | nn.Conv2d):
+        return found
+    return [found, *(m for m in found.modules() if isinstance(m, nn.Linear | nn.Conv2d))][-1]
+
+
+def check_method(config: PeftConfig) -> None:
+    """TypeError if the method cannot adapt the layers of an image classifier, ValueError if it is told it is none."""
+    method = config.peft_type.value
+    reason = _UNFIT.get(method)
+    if config.is_prompt_learning or config.is_adaption_prompt or not hasattr(config, "modules_to_save"):
+        reason = reason or "it does not wrap layers of the backbone"
+    if reason:
+        raise TypeError(
+            f"{method} cannot adapt an image classifier: {reason}. Choose a method that wraps its layers, such as "
+            "LoRA, RepAdapter or Bottleneck."
+        )
+    if config.task_type is not None:
+        raise ValueError(f"task_type={config.task_type} is for language models; leave it out.")
+
+
+def check_backbone(model: nn.Module, family: Family, config: DynConfig) -> tuple[int, ...]:
+    """Where exits stand in ``model``, if ``config`` fits it."""
+    found = last_classifier(model, family)
+    if not hasattr(found, "weight"):
+        raise ValueError(
+            f"{type(model).__name__} has no classifier, which is the last exit's head: create it with num_classes "
+            f"(num_labels in transformers){f' = {config.num_classes}' if config.num_classes else ''}."
+        )
+    if config.num_classes is not None and found.weight.shape[0] != config.num_classes:
+        raise ValueError(
+            f"the backbone's classifier has {found.weight.shape[0]} classes and DynConfig says {config.num_classes}: "
+            f"create the backbone for the task (num_classes={config.num_classes} in timm.create_model, num_labels in "
+            f"transformers), or call reset_classifier({config.num_classes}) of a timm model. All adapters of one "
+            "backbone have its number of classes."
+        )
+    if config.token == "cls" and not family.has_class_token(model):
+        raise ValueError(f"this {type(model).__name__} has no class token; use token='mean' or leave token out.")
+    exit_after = config.exit_after(family, len(family.units(model)))
+    config.hidden_widths(len(exit_after))
+    return exit_after
+
+
+def save_classifiers(config: PeftConfig, model: nn.Module, names: list[str]) -> None:
+    """Have the classifiers trained and saved along, as PEFT's ``modules_to_save``."""
+    # PEFT goes by the ends of names.
+    ends = tuple(names)
+    others = [name for name, _ in model.named_modules() if name.endswith(ends) and not name.startswith(ends)]
+    if others:
+        warnings.warn(
+            f"PEFT trains the classifier {', '.join(names)} in full, and with it every module whose name ends so: "
+            f"{', '.join(others)}.",
+            stacklevel=4,
+        )
+    config.modules_to_save = [
+        *(config.modules_to_save or []),
+        *(n for n in names if n not in (config.modules_to_save or [])),
+    ]
