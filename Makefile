@@ -12,7 +12,7 @@ ONLY ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all demo test test-hosts experiments experiments-small fuzz lint clean
+.PHONY: help install install-all demo test test-hosts experiments experiments-small fuzz lint clean test-lowest docs
 
 help:
 	@echo "make demo        install what it needs, train a small early-exit model, draw its budget curve (DATA=folder for your images)"
@@ -20,6 +20,8 @@ help:
 	@echo "make test-hosts  run the hosts' own test files over every model of this package"
 	@echo "make experiments run what is missing of docs/results.md, going on where it stopped (EXPERIMENTS_DATA=folder ONLY=name)"
 	@echo "make fuzz        damage thousands of files of every kind, kill every writer at thirty points (long)"
+	@echo "make test-lowest  the tests on the lowest versions declared (an environment of its own: .venv-lowest)"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make install | install-all | lint | clean"
 
 install: $(VENV)/.installed
@@ -71,6 +73,20 @@ experiments experiments-small: install-all
 fuzz: install-all
 	$(BIN)/python tests/fuzz/fuzz.py --count 2000 --output docs/fuzz.json
 	CRASH_POINTS=30 $(BIN)/python -m pytest tests/exits/test_crash.py tests/exits/test_crash_training.py
+
+# The lowest versions pyproject.toml declares, in an environment of their own; LOWEST_PYTHON=python3.10 where it is there.
+LOWEST_PYTHON ?= python3.10
+test-lowest:
+	$(LOWEST_PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q --upgrade pip "setuptools>=77" tomli
+	.venv-lowest/bin/python tests/lowest.py plots > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install -r .venv-lowest/requirements.txt "numpy<2.3" pytest hypothesis parameterized expecttest
+	.venv-lowest/bin/python -m pip install --no-deps --no-build-isolation -e .
+	.venv-lowest/bin/python -m pytest tests/exits tests/timm tests/cli tests/test_package.py
+
+# Every page of docs/ as a site in site/; a link that leads nowhere is an error.
+docs: install-all
+	$(BIN)/python -m mkdocs build --strict
 
 lint: install-all
 	$(BIN)/ruff check .

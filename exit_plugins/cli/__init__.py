@@ -1,4 +1,4 @@
-"""The command ``exit-plugins``: profile, evaluate, solve, predict, report, export and train, one module each."""
+"""The command ``exit-plugins``: what COMMANDS names, one module each."""
 
 import argparse
 import os
@@ -16,9 +16,10 @@ COMMANDS = {
     "profile": "parameters, MACs and latency of every exit, beside the plain backbone",
     "evaluate": "accuracy, cost and calibration of every exit on a data set, and of a policy",
     "solve": "thresholds for a budget, an accuracy or a guarantee, written to a policy file",
-    "predict": "classify images under a policy: label, exit taken, time",
+    "predict": "classify images under a policy, one or any number: label, confidence, exit taken, MACs",
     "report": "one self-contained HTML page with curves, shares, reliability, images and similarity of exits",
     "export": "ONNX or OpenVINO files that really stop early",
+    "configs": "MMDetection configurations that come with the package",
     "train": "train by timm's own train.py with every exit in the loss",
 }
 
