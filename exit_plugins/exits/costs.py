@@ -1,6 +1,5 @@
 """What reaching each exit costs: multiply-accumulates, parameters, and measured latency, all cumulative."""
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from .meta import meta_copy
 from .protocol import AnyModel, check_input_size, check_multi_exit, exit_device, select_samples
 
 __all__ = ["ExitCosts", "SegmentTimes", "exit_costs", "exit_latency", "segment_times"]
@@ -54,8 +54,7 @@ def exit_costs(model: AnyModel, input_size: Sequence[int] = (3, 224, 224)) -> Ex
     """
     model = check_multi_exit(model)
     check_input_size(model, input_size)
-    # Without gradients, or a view of a parameter trips the counter's backward hooks even under no_grad.
-    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    shadow = meta_copy(model).eval()
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     macs, params = [], []
     counter, parameters = FlopCounterMode(display=False), _SeenParameters()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput, PushToHubMixin
+from transformers.utils import ModelOutput
 
 from ..exits import MultiExit
 from ..exits.clips import over_clips
@@ -17,6 +17,7 @@ from .card import update_card
 from .families import Family, find_family
 from .folders import load_merged, save_merged
 from .heads import EarlyHead, WideClassifier, widen_classifiers
+from .hub import PushesToHub
 
 __all__ = ["DynOutput", "ExitModel", "MultiExitBackbone"]
 
@@ -45,7 +46,7 @@ class DynOutput(ModelOutput):
     exit_logits: Tensor | None = None
 
 
-class ExitModel(MultiExit):
+class ExitModel(PushesToHub, MultiExit):
     """The multi-exit protocol over a backbone with early heads; mixin of the model in training and of the merged one.
 
     A subclass gives ``backbone``, ``early_heads`` (K - 1 modules), ``family``, ``exit_after`` (how many units have run
@@ -215,7 +216,7 @@ _INSTEAD = {
 }
 
 
-class MultiExitBackbone(ExitModel, PushToHubMixin, nn.Module):
+class MultiExitBackbone(ExitModel, nn.Module):
     """A backbone and its early heads as one plain multi-exit module, without any adapter of its own.
 
     Attributes it does not have itself are the backbone's, as in PEFT's wrappers; methods only where they mean the same

@@ -7,18 +7,13 @@ import torch
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
+from ..exits.meta import is_quantised
 from ._host import BaseTunerLayer, ModulesToSaveWrapper
 
-__all__ = ["check_mergeable", "halve_saved", "is_quantised", "single_saved"]
+__all__ = ["check_mergeable", "halve_saved", "single_saved"]
 
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is of integers, or of a tensor class that stands for quantised values (torchao's)."""
-    data = weight.detach()
-    return not data.is_floating_point() or type(data) is not Tensor and type(data).__name__ != "DTensor"
 
 
 def check_mergeable(model: nn.Module, method: str) -> None:

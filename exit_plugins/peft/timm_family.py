@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..exits import MultiExit
-from ..timm.split import Split, find_cuts, is_layer, meta_copy, pool_features
+from ..timm.split import Split, find_cuts, is_layer, pool_features, traceable_copy
 from ._host import BaseTunerLayer
 from .families import Family, names_of
 
@@ -202,7 +202,7 @@ def _shortened(chosen: list[str], names: list[str]) -> list[str]:
 
 def inputs_of(model: nn.Module, size: tuple[int, int, int], names: Iterable[str]) -> dict[str, torch.Size]:
     """Shape of what a forward pass calls each of the modules ``names`` with; those it never calls are left out."""
-    shadow = meta_copy(model).eval()
+    shadow = traceable_copy(model).eval()
     seen: dict[str, torch.Size] = {}
 
     def see(name: str, args: tuple) -> None:

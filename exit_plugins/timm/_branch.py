@@ -6,7 +6,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from .split import Split, map_layout, meta_copy
+from .split import Split, map_layout, traceable_copy
 
 __all__ = ["FeatureBranch", "network_branch"]
 
@@ -85,7 +85,7 @@ def network_branch(net: nn.Module) -> FeatureBranch:
 
 def _freeze_unused(net: nn.Module, input_size: tuple[int, ...]) -> None:
     """What only the network's head reads learns nothing here, and says so to those who wait for gradients (DDP)."""
-    shadow = meta_copy(net).requires_grad_(True)
+    shadow = traceable_copy(net).requires_grad_(True)
     dtype = next(shadow.parameters()).dtype
     with torch.enable_grad():
         shadow.forward_features(torch.empty((2, *input_size), device="meta", dtype=dtype)).sum().backward()

@@ -7,7 +7,7 @@ from timm.utils.model import reparameterize_model
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ._trace import is_layer, meta_copy, trace_network
+from ._trace import is_layer, trace_network, traceable_copy
 from .layers import fold_pair, use_matrix_products
 
 __all__ = ["fuse_network", "groups_of_part"]
@@ -32,7 +32,9 @@ def fuse_network(net: nn.Module, exit_names: Sequence[str]) -> None:
 
 def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:
     """Fold each batch norm into the convolution whose output it alone reads, as a trace shows; return ``net``."""
-    graph, calls, _ = trace_network(meta_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False))
+    graph, calls, _ = trace_network(
+        traceable_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False)
+    )
     read_by_heads = {leaf.node for name in exit_names for leaf in tree_leaves(calls[name][0][0])}
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_module" and node.args else None

@@ -1,26 +1,21 @@
 """Trace a timm network as a graph of its own modules, called by name; only the modules asked for are opened."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
-__all__ = ["CONTAINERS", "Trace", "is_layer", "meta_copy", "trace_network"]
+from ..exits.meta import meta_copy
+
+__all__ = ["CONTAINERS", "Trace", "is_layer", "trace_network", "traceable_copy"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` without weights, on the meta device; nothing is copied but the modules."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    # Without gradients, or a view of a parameter trips the counter's backward hooks even under no_grad.
-    shadow = copy.deepcopy(model, memo).requires_grad_(False)
+def traceable_copy(model: nn.Module) -> nn.Module:
+    """``meta_copy`` without what keeps a network from being traced."""
+    shadow = meta_copy(model)
     for module in shadow.modules():
         # A trace through torch.utils.checkpoint would stay in it for ever.
         if getattr(module, "grad_checkpointing", False):
@@ -104,7 +99,7 @@ def trace_network(
     """Trace ``shadow(images)`` in the mode it is in.
 
     Args:
-        shadow: The network, see ``meta_copy``.
+        shadow: The network, see ``traceable_copy``.
         opens: Given a module's name and itself, whether to trace what it does; else it is one node. A module that
             cannot be traced stays one node.
         must_open: Given a module's name, whether the trace must fail with it instead.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._analysis import CannotCut, Cut, analyse, feature_info, map_layout, pool_features
 from ._segments import Segment, make_segment
-from ._trace import CONTAINERS, is_layer, meta_copy
+from ._trace import CONTAINERS, is_layer, traceable_copy
 
 __all__ = [
     "Cut",
@@ -22,7 +22,7 @@ __all__ = [
     "find_cuts",
     "is_layer",
     "map_layout",
-    "meta_copy",
+    "traceable_copy",
     "place_cuts",
     "pool_features",
 ]
@@ -82,7 +82,7 @@ def _find_cuts(
     model: nn.Module, input_size: Sequence[int] | None, also: Sequence[str]
 ) -> tuple[list[Cut], float, dict[str, Exception]]:
     """The cuts, the MACs of the whole network, and why there are none in what cannot be traced or cut."""
-    shadow = meta_copy(model).eval()
+    shadow = traceable_copy(model).eval()
     input_size = input_size or get_model_input_config(model)["input_size"]
     analysis = analyse(shadow, input_size, lambda name, module: not is_layer(module))
     stages = [info["module"] for info in feature_info(shadow) if "module" in info]
@@ -154,7 +154,7 @@ class Split:
         input_size: Sequence[int] | None = None,
         method: str = "forward",
     ) -> None:
-        shadow = meta_copy(model)
+        shadow = traceable_copy(model)
         input_size = tuple(input_size or get_model_input_config(model)["input_size"])
         _check_names(shadow, names)
         opened = {".".join(parts[:count]) for parts in (n.split(".") for n in names) for count in range(len(parts))}

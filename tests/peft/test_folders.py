@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft_backbones import FAMILIES, make_backbone, make_images, plain_logits
 from safetensors.torch import load_file
@@ -351,6 +354,45 @@ def test_the_card_says_what_it_is_what_exits_cost_and_how_to_load(tmp_path):
     merged = ModelCard.load(tmp_path / "merged" / "README.md")
     assert "MultiExitBackbone.from_pretrained" in merged.text and "local-dir:FOLDER" in merged.text
     assert merged.data.to_dict()["library_name"] == "timm" and "repadapter" not in merged.data.to_dict()["tags"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_pushed_model_has_our_card_and_keeps_what_a_user_wrote_on_the_hub(merged, tmp_path, monkeypatch):
+    repository, messages, load = tmp_path / "hub", [], ModelCard.load
+    repository.mkdir()
+
+    def upload(api, repo_id, folder_path, commit_message, **kwargs):
+        messages.append(commit_message)
+        shutil.copytree(folder_path, repo_id, dirs_exist_ok=True)
+        return "done"
+
+    def load_from_hub(where, **kwargs):
+        if where != str(repository):
+            return load(where)
+        if not Path(where, "README.md").is_file():
+            raise EntryNotFoundError("there is no card yet")
+        return load(Path(where, "README.md"))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(ModelCard, "load", load_from_hub)
+    dyn = make(RepAdapterConfig(**T)).eval()
+    expected, accuracies = exits(dyn), [50.0 + i for i in range(dyn.num_exits)]
+    model = dyn.merge_and_unload() if merged else dyn
+    assert model.push_to_hub(str(repository), accuracies=accuracies, tags=["mine"]) == "done"
+    card = load(repository / "README.md")
+    assert f"{len(expected)} exits" in card.text and "| 50.00 |" in card.text and "How to load" in card.text
+    assert {"early-exit", "mine"} <= set(card.data.tags) and "automatically generated" not in card.text
+    card.text += "\nWritten on the hub.\n"
+    card.save(repository / "README.md")
+    assert model.push_to_hub(str(repository), private=True, commit_message="again", max_shard_size="1GB") == "done"
+    assert "Written on the hub." in load(repository / "README.md").text and messages[-1] == "again"
+    loaded = (
+        MultiExitBackbone.from_pretrained(repository, make_backbone("vit"))
+        if merged
+        else DynPeftModel.from_pretrained(make_backbone("vit"), repository)
+    )
+    torch.testing.assert_close(exits(loaded), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_card_names_no_folder_of_this_machine(tmp_path):

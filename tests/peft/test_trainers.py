@@ -228,6 +228,21 @@ def test_gradient_checkpointing_by_training_arguments(name, tmp_path):
             model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+def test_torch_compile_by_training_arguments(tmp_path):
+    """With Dynamo alone, for the time it takes; Inductor compiles the same graphs."""
+    results = []
+    for compiled in ({}, dict(torch_compile=True, torch_compile_backend="eager")):
+        torch._dynamo.reset()
+        model = make(dropout_shallow=0.0, dropout_deep=0.0)
+        run = trainer(model, arguments(tmp_path, num_train_epochs=1, **compiled), eval_dataset=Blobs())
+        run.train()
+        logits, exit_logits = run.predict(Blobs()).predictions
+        assert logits.shape == (48, 5) and exit_logits.shape == (48, 4, 5)
+        results.append(trainable(model))
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, atol=1e-5, rtol=1e-4)
+
+
 def test_ten_lines_of_plain_pytorch():
     model, data = make(), Blobs()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...exits.meta import is_quantised
 from .._host import check_adapters_to_merge
-from ..precision import is_quantised
 from ..tuner import AdapterLayer, xavier_linear
 from .config import RepAdapterConfig
 
