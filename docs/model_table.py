@@ -1,4 +1,4 @@
-"""Print the table of models in README.md: parameters and cumulative MACs per exit at each model's own image size."""
+"""Print the table of docs/models.md: parameters and cumulative MACs per exit at each model's own image size."""
 
 import timm
 import torch
