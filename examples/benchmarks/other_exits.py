@@ -1,7 +1,7 @@
 """Exits on timm's ResNet-18 run by this package and by earlyon: images per second at the same answers.
 
     pip install earlyon==0.3.0
-    python examples/benchmarks/other_exits.py --batch 1 8 32 --threads 1 --json earlyon.json
+    python examples/benchmarks/other_exits.py --threads 1 --json docs/results/pretrained/earlyon.json
 
 Both have the same heads behind the same layers and the same thresholds, set so that the images leave at the four exits
 in equal shares. earlyon answers images one at a time, or takes a batch on until all of it is sure; both are timed.
@@ -58,7 +58,9 @@ def main() -> None:
     out = adaptive(pool)
     agree = sum(theirs(x[None]).exit_taken % 4 == int(k) for x, k in zip(pool, out.exit_index, strict=True))
     print(f"{agree} of {len(pool)} images leave at the same exit")
-    report = {"machine": machine(), "earlyon": earlyon.__version__, "agree": agree, "images": len(pool), "batches": {}}
+    clock = "CPU seconds" if args.cpu_time else "wall clock"
+    report = {"machine": machine(), "clock": clock, "earlyon": earlyon.__version__}
+    report |= {"images": len(pool), "agree": agree, "batches": {}}
     for batch in args.batch:
         x = pool[:batch]
         runs = {
