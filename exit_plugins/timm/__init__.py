@@ -1,8 +1,8 @@
-"""The timm wing. Importing it registers every architecture: each module here that is not shared machinery is one."""
+"""The timm wing. Importing it registers every architecture: each module here that registers a model with timm."""
 
 import re
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import get_data, iter_modules
 
 import timm
 
@@ -27,19 +27,16 @@ __all__ = [
     "shipped_policy",
 ]
 
-# What is no architecture.
-_SHARED = {
-    "clips",
-    "data",
-    "images",
-    "layers",
-    "motion",
-    "split",
-    "train",
-    "weights",
-}
 
-ARCHITECTURES = sorted(m.name for m in iter_modules(__path__) if m.name not in _SHARED and not m.name.startswith("_"))
+def _registers_models(name: str) -> bool:
+    """Whether a module here registers a model, as its source says: most of the others need not be run for that."""
+    source = get_data(__name__, f"{name}.py")
+    return source is not None and re.search(rb"@register_model\b|\bregister_model\(", source) is not None
+
+
+ARCHITECTURES = sorted(
+    module.name for module in iter_modules(__path__) if module.name[0] != "_" and _registers_models(module.name)
+)
 for _name in ARCHITECTURES:
     import_module(f"{__name__}.{_name}")
 

@@ -102,7 +102,8 @@ def trim_plan(
     needed: set[int] = set()
     for plan, extra in zip(reversed(plans), reversed(wanted), strict=True):
         returns = needed | extra
-        computes, reads = set(returns), set()
+        computes: set[int] = set(returns)
+        reads: set[int] = set()
         for scale in sorted(plan.fuses, reverse=True):  # coarse to fine: one need leads to the next finer one
             if scale in computes:
                 (computes if fuses_new else reads).add(scale - 1)
