@@ -130,14 +130,14 @@ def make_segment(analysis: Analysis, before: Border | None, after: Border | None
         state += [graph.call_function(outline, (new[node],)) for node in after.outlined]
         if after.sizes:
             like = next(n for n in after.carried if isinstance(analysis.values[0][n], Tensor))
-            sizes = []
+            flat: list[Any] = []
             for node in after.sizes:
                 value = analysis.values[0][node]
                 if isinstance(value, (tuple, list)):
-                    sizes += [graph.call_function(operator.getitem, (new[node], i)) for i in range(len(value))]
+                    flat += [graph.call_function(operator.getitem, (new[node], i)) for i in range(len(value))]
                 else:
-                    sizes.append(new[node])
-            state.append(graph.call_function(numbers, (new[like], *sizes)))
+                    flat.append(new[node])
+            state.append(graph.call_function(numbers, (new[like], *flat)))
         graph.output((features, tuple(state)))
     graph.eliminate_dead_code(lambda node: node.op not in ("get_attr",) and not _is_pure(node))
     code = graph.python_code("self")

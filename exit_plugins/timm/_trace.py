@@ -16,10 +16,11 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def traceable_copy(model: nn.Module) -> nn.Module:
     """``meta_copy`` without what keeps a network from being traced."""
     shadow = meta_copy(model)
+    name = "grad_checkpointing"
     for module in shadow.modules():
         # A trace through torch.utils.checkpoint would stay in it for ever.
-        if getattr(module, "grad_checkpointing", False):
-            module.grad_checkpointing = False
+        if getattr(module, name, False):
+            setattr(module, name, False)
         # Hooks on layers change no shape, and a temporal shift would ask for whole clips.
         module._forward_pre_hooks.clear()
     return shadow

@@ -152,8 +152,10 @@ def _sorted_names(folder: str) -> Iterator[str]:
             runs = []
             run = first
             while run:
-                as_they_are = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-                file = stack.enter_context(tempfile.TemporaryFile("w+", **as_they_are))
+                # Names as they are, whatever their bytes.
+                file = stack.enter_context(
+                    tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape", newline="")
+                )
                 file.writelines(f"{name}\0" for name in run)
                 file.seek(0)
                 runs.append(_split(file))
@@ -218,7 +220,7 @@ def _members(shard: str, endings: Sequence[str]) -> Iterator[Item]:
     try:
         with tarfile.open(shard) as archive:
             for member in archive:
-                archive.members = []  # tarfile keeps all of them otherwise
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all of them otherwise
                 if member.isfile() and os.path.splitext(member.name)[1].lower() in endings:
                     content = archive.extractfile(member)
                     assert content is not None  # of a file
