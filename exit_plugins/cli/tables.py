@@ -58,18 +58,17 @@ def collect(
 
     With ``save`` the table is written there, and an interrupted run goes on where it was.
     """
-    dataset, split = transformed(data, config), split or args.split
+    view, split = transformed(data, config), split or args.split
     kept = np.arange(0)
 
     def finish(table: ExitTable) -> ExitTable:
         nonlocal kept
-        kept = _readable(table, data, args)
+        kept = _readable(table, view, args)
         table = table.subset(kept) if len(kept) < len(table) else table
         check_table(table, model)
         return table
 
-    if isinstance(data, ImageView):
-        dataset = _Tolerant(dataset, config["input_size"], args.max_bad)
+    dataset = _Tolerant(view, config["input_size"], args.max_bad) if isinstance(data, ImageView) else view
     table = collect_exits(
         model,
         DataLoader(dataset, args.batch_size, num_workers=args.workers),
@@ -90,20 +89,24 @@ def collect(
     return table, data.subset(kept) if isinstance(data, ImageView) else data
 
 
-def _readable(table: ExitTable, data: Any, args: argparse.Namespace) -> np.ndarray:
-    """Places of the samples that could be read; the others are named."""
+def _readable(table: ExitTable, view: Any, args: argparse.Namespace) -> np.ndarray:
+    """Places of the samples that could be read; the others are named.
+
+    ``view`` gives what the model reads: clips are files until then, and show only then that they are damaged.
+    """
     bad, good = np.flatnonzero(table.target == _UNREADABLE), np.flatnonzero(table.target != _UNREADABLE)
+    what = "clips" if getattr(view, "holds_clips", False) else "images"
     if is_main() and len(bad):
         for item in bad:
             try:
-                data[item]
+                view[item]
             except UnreadableImage as error:
                 print(f"left out: {error}", file=sys.stderr)
-        print(f"{len(bad)} of {len(table)} images could not be read and are left out.", file=sys.stderr)
+        print(f"{len(bad)} of {len(table)} {what} could not be read and are left out.", file=sys.stderr)
     if len(bad) > args.max_bad:
-        raise ValueError(f"{len(bad)} images could not be read, --max-bad allows {args.max_bad:g}.")
+        raise ValueError(f"{len(bad)} {what} could not be read, --max-bad allows {args.max_bad:g}.")
     if len(good) == 0:
-        raise ValueError(f"none of the {len(bad)} images could be read.")
+        raise ValueError(f"none of the {len(bad)} {what} could be read.")
     return good
 
 

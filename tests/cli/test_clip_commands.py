@@ -1,6 +1,7 @@
 """The command line on clips: the generated ones, and a video file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,21 @@ def test_solve_evaluate_and_predict_take_clips(tmp_path, video, capsys):
     assert main(["predict", str(tmp_path), "--policy", str(policy)]) == 1
     head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["label", "confidence", "exit", "MACs", "time", "clip"] and line.endswith(f"  {video}")
+
+
+def test_damaged_clips_are_named_counted_and_left_out(tmp_path, video, capsys):
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / "val" / name).mkdir(parents=True)
+        shutil.copy(video, tmp_path / "data" / "val" / name / "a.mp4")
+    (tmp_path / "data" / "val" / "bee" / "b.mp4").write_bytes(b"no video")
+    (tmp_path / "names").write_text("ant\nbee")
+    words = ["tsm_dynperceiver_test", *KWARGS, *SIZE, "--data", str(tmp_path / "data"), "--num-classes", "2"]
+    words += ["--class-names", str(tmp_path / "names")]
+    assert main(["evaluate", *words, "--split", "val"]) == 0
+    said = capsys.readouterr().err
+    assert "left out: " in said and "b.mp4 is no video" in said and "1 of 3 clips could not be read" in said
+    assert main(["solve", *words, "--split", "val", "--budget", "90%", "-o", str(tmp_path / "policy.json")]) == 2
+    assert "b.mp4 is no video" in capsys.readouterr().err
 
 
 def test_clips_and_images_are_not_mixed_up(capsys):
