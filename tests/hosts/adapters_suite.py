@@ -58,8 +58,8 @@ def write_table(path: Path, rows: list[str], count: str) -> None:
     path.write_text(
         f"# Adapters on the networks of timm {timm.__version__}\n\n"
         f"LoRA with exits over the smallest network of each model module: {count}. Where it works, the last exit\n"
-        "gives the adapted network's own answer, samples that leave change nothing for the others, two steps of training\n"
-        "move adapters and heads alone, and the model answers alike saved and loaded, and merged. Written by\n"
+        "gives the adapted network's own answer, samples that leave change nothing for the others, two steps of\n"
+        "training move adapters and heads alone, and the model answers alike saved and loaded, and merged. Written by\n"
         "`python tests/hosts/adapters_suite.py --all --write docs/adapted_networks.md`.\n\n"
         "| module | network | exits |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
