@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict:
     accuracies = tables[1].correct.mean(1)
     print("test accuracy of every exit: " + "  ".join(f"{100 * a:.1f}" for a in accuracies))
     for point in points:
-        shares = " ".join(f"{share:.2f}" for share in point.shares)
+        shares = " ".join(f"{share:.2f}" for share in point.result.shares)
         print(f"{point.cost / costs[-1]:.2f} of the MACs: {100 * point.accuracy:.1f} %, leaving at the exits: {shares}")
     points[1].policy.save(str(Path(args.output, "policy.json")))
     return {"exit_accuracy": accuracies.tolist(), "points": [point.to_dict() for point in points]}

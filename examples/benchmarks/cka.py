@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from exit_plugins import DynPeftModel
 from exit_plugins.exits import plots
-from exit_plugins.exits.evaluation import cka
+from exit_plugins.exits.similarity import cka
 from exit_plugins.timm.data import class_names, open_dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples are scripts, no package

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from exit_plugins import AdaptiveModel, DynPeftModel, collect_exits, exit_costs, solve_thresholds
-from exit_plugins.exits.evaluation import cka, evaluate_policy
+from exit_plugins.exits.evaluation import evaluate_policy
+from exit_plugins.exits.similarity import cka
 from exit_plugins.timm.data import class_names, open_dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples are scripts, no package

@@ -15,15 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..exits.evaluation import (
-    AnytimePoint,
-    Calibration,
-    PolicyResult,
-    anytime_curve,
-    calibration,
-    ensemble_curve,
-    evaluate_policy,
-)
+from ..exits.calibration import Calibration, calibration
+from ..exits.evaluation import AnytimePoint, PolicyResult, anytime_curve, ensemble_curve, evaluate_policy
 from ..exits.policy import ExitPolicy
 from .common import (
     add_confidence_arguments,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..exits import export
+from ..exits.collecting import collect_exits
 from ..exits.policy import ExitPolicy, weights_digest
-from ..exits.table import collect_exits
 from .common import add_data_arguments, add_json_argument, make_loader, open_data, percent, print_json, print_table
 from .models import (
     add_force_argument,

@@ -18,18 +18,9 @@ from PIL import Image
 from scipy.special import softmax
 from scipy.stats import beta
 
-from ..exits.evaluation import (
-    AnytimePoint,
-    BudgetPoint,
-    Calibration,
-    PolicyResult,
-    anytime_curve,
-    budgeted_curve,
-    calibration,
-    cka_matrix,
-    ensemble_curve,
-    evaluate_policy,
-)
+from ..exits.calibration import Calibration, calibration
+from ..exits.evaluation import AnytimePoint, BudgetPoint, PolicyResult, anytime_curve, budgeted_curve, ensemble_curve, evaluate_policy
+from ..exits.similarity import cka_matrix
 from ..exits.policy import ExitPolicy
 from ..exits.risk import path_losses
 from ..exits.table import ExitTable

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..exits.evaluation import check_same_confidence
-from ..exits.policy import ExitPolicy, check_same_model, describe_model
-from ..exits.table import ExitTable, collect_exits
+from ..exits.collecting import collect_exits
+from ..exits.policy import ExitPolicy, check_same_confidence, check_same_model, describe_model
+from ..exits.table import ExitTable
 from ..timm.data import ImageView
 from ..timm.images import UnreadableImage
 from .common import is_main, transformed

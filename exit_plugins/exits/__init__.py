@@ -1,13 +1,14 @@
 """The ground floor: what an exit is, and all that is done with exits whatever the model (torch, numpy, scipy)."""
 
 from .adaptive import AdaptiveModel, ExitOutput
+from .collecting import collect_exits
 from .confidence import fit_temperatures
 from .costs import ExitCosts, exit_costs, exit_latency
 from .evaluation import anytime_curve, budgeted_curve, evaluate_policy
 from .losses import MultiExitLoss
 from .policy import ExitPolicy
 from .protocol import MultiExit
-from .table import ExitTable, collect_exits
+from .table import ExitTable
 from .thresholds import policy_path, solve_thresholds
 
 __all__ = [

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .costs import check_costs, exit_counts
 from .digests import SampleRecord
 from .policy import ExitPolicy
-from .thresholds import check_costs, exit_counts
 
 __all__ = ["BudgetController", "ExitDrift", "ExitRateMonitor", "cap_policy"]
 

@@ -15,7 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from .meta import meta_copy
 from .protocol import AnyModel, check_input_size, check_multi_exit, exit_device, select_samples
 
-__all__ = ["ExitCosts", "SegmentTimes", "exit_costs", "exit_latency", "segment_times"]
+__all__ = [
+    "ExitCosts",
+    "SegmentTimes",
+    "check_costs",
+    "exit_costs",
+    "exit_counts",
+    "exit_latency",
+    "mean_cost",
+    "segment_times",
+]
 
 
 @dataclass(frozen=True)
@@ -164,3 +173,26 @@ def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2)
     finally:
         model.train(training)
     return SegmentTimes(np.array(sizes), np.median(segment, 0), np.median(gather, 0))
+
+
+def check_costs(costs: Sequence[float] | np.ndarray, num_exits: int) -> np.ndarray:
+    """Cumulative costs (K,) as float64; ValueError unless they are K finite, positive numbers that do not fall."""
+    if not isinstance(costs, (np.ndarray, Sequence)) and hasattr(costs, "macs"):
+        raise TypeError("costs are one number per exit; pass exit_costs(...).macs, or measured latencies.")
+    costs = np.asarray(costs, dtype=np.float64)
+    if costs.shape != (num_exits,):
+        raise ValueError(f"expected the cumulative cost of each of {num_exits} exits, got shape {costs.shape}.")
+    if not np.isfinite(costs).all() or not (costs > 0).all() or (np.diff(costs) < 0).any():
+        raise ValueError(f"costs are cumulative: finite, positive and never falling; got {costs.tolist()}.")
+    return costs
+
+
+def exit_counts(exits: np.ndarray, num_exits: int) -> np.ndarray:
+    """How many samples (K,) left at each exit."""
+    return np.bincount(exits, minlength=num_exits)
+
+
+def mean_cost(counts: np.ndarray, costs: np.ndarray) -> float:
+    """Mean cost per sample of (K,) counts; between the first and the last exit's cost to the last bit."""
+    extra = counts @ (costs - costs[0]) / max(counts.sum(), 1)
+    return float(min(costs[0] + extra, costs[-1]))

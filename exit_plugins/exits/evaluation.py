@@ -1,31 +1,35 @@
-"""What the exits are worth: anytime and budgeted curves with intervals, exit shares, calibration, similarity."""
+"""What the exits are worth: anytime and budgeted curves with intervals, and where samples leave."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from .policy import ExitPolicy
-from .table import ExitTable
-from .thresholds import check_costs, exit_counts, mean_cost, solve_thresholds
+from .costs import check_costs, exit_counts, mean_cost
+from .deprecation import moved, warn_old
+from .policy import ExitPolicy, check_same_confidence
+from .table import ExitTable, check_not_empty
+from .thresholds import solve_thresholds
 
 __all__ = [
     "AnytimePoint",
     "BudgetPoint",
-    "Calibration",
     "PolicyResult",
     "anytime_curve",
     "bootstrap_interval",
     "budgeted_curve",
-    "calibration",
-    "cka",
-    "check_same_confidence",
-    "cka_matrix",
     "ensemble_curve",
     "evaluate_policy",
 ]
+
+__getattr__ = moved(
+    __name__,
+    {
+        **dict.fromkeys(("Calibration", "calibration"), "exit_plugins.exits.calibration"),
+        **dict.fromkeys(("cka", "cka_matrix"), "exit_plugins.exits.similarity"),
+    },
+)
 
 Interval = tuple[float, float]
 
@@ -95,7 +99,7 @@ def anytime_curve(
         level, resamples, seed: of the bootstrap interval; the exits share their resamples.
     """
     costs = None if costs is None else check_costs(costs, table.num_exits)
-    _check_not_empty(table)
+    check_not_empty(table)
     intervals = bootstrap_interval(table.correct, level, resamples, seed)
     return [
         AnytimePoint(k, None if costs is None else float(costs[k]), float(table.correct[k].mean()), tuple(interval))
@@ -168,7 +172,7 @@ def evaluate_policy(
 
     ValueError if the table's confidences are not those the policy's thresholds are for.
     """
-    _check_not_empty(table)
+    check_not_empty(table)
     check_same_confidence(policy, table)
     if costs is None:
         costs = policy.costs
@@ -199,44 +203,62 @@ def evaluate_policy(
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """One budget, solved on one split and measured on another; accuracies are fractions, costs means per sample.
+    """One budget, solved on one split and measured on another.
 
     Attributes:
-        budget: the target; ``solved_accuracy`` and ``solved_cost`` what it came to on the split it was solved on.
-        accuracy, interval, cost: on the test split, beside the target.
-        shares: (K,) of the test samples per exit; ``random_accuracy`` what chance would get with them.
-        thresholds: (K,), and the whole ``policy``.
-        result: everything else of the test split, shares per class for one.
+        budget: the target, a mean cost per sample.
+        policy: what was solved for it; ``policy.source`` holds what it came to on the split it was solved on.
+        result: what it does on the test split; accuracies are fractions, costs means per sample.
     """
 
     budget: float
-    accuracy: float
-    interval: Interval
-    cost: float
-    shares: np.ndarray
-    thresholds: np.ndarray
-    solved_accuracy: float
-    solved_cost: float
     policy: ExitPolicy
     result: PolicyResult
 
     @property
-    def random_accuracy(self) -> float:
-        """See ``PolicyResult``."""
-        return self.result.random_accuracy
+    def accuracy(self) -> float:
+        """On the test split, as ``interval`` and ``cost`` are: what curves are drawn of."""
+        return self.result.accuracy
+
+    @property
+    def interval(self) -> Interval:
+        return self.result.interval
+
+    @property
+    def cost(self) -> float:
+        assert self.result.cost is not None  # budgeted_curve knows the costs
+        return self.result.cost
 
     def to_dict(self) -> dict[str, Any]:
+        """The point, for JSON; ``solved_accuracy`` and ``solved_cost`` are of the split it was solved on."""
         return {
             "budget": self.budget,
             "accuracy": self.accuracy,
-            "random_accuracy": self.random_accuracy,
+            "random_accuracy": self.result.random_accuracy,
             "interval": list(self.interval),
             "cost": self.cost,
-            "shares": self.shares.tolist(),
-            "thresholds": [float(t) if np.isfinite(t) else str(t) for t in self.thresholds],
-            "solved_accuracy": self.solved_accuracy,
-            "solved_cost": self.solved_cost,
+            "shares": self.result.shares.tolist(),
+            "thresholds": [float(t) if np.isfinite(t) else str(t) for t in self.policy.thresholds],
+            "solved_accuracy": self.policy.source["accuracy"],
+            "solved_cost": self.policy.source["cost"],
         }
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _BUDGET_POINT:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        new, find = _BUDGET_POINT[name]
+        warn_old(f"BudgetPoint.{name}", f"read point.{new}")
+        return find(self)
+
+
+# Copies of what the policy and the result hold: their old names, their new ones, and where those lie.
+_BUDGET_POINT: dict[str, tuple[str, Callable[[BudgetPoint], Any]]] = {
+    "shares": ("result.shares", lambda point: point.result.shares),
+    "random_accuracy": ("result.random_accuracy", lambda point: point.result.random_accuracy),
+    "thresholds": ("policy.thresholds", lambda point: point.policy.thresholds),
+    "solved_accuracy": ("policy.source['accuracy']", lambda point: point.policy.source["accuracy"]),
+    "solved_cost": ("policy.source['cost']", lambda point: point.policy.source["cost"]),
+}
 
 
 def budgeted_curve(
@@ -271,158 +293,5 @@ def budgeted_curve(
     for budget in budgets:
         policy = solve_thresholds(table_val, costs, budget=float(budget), method=method, **options)
         result = evaluate_policy(policy, table_test, costs, level, resamples, seed)
-        points.append(
-            BudgetPoint(
-                budget=float(budget),
-                accuracy=result.accuracy,
-                interval=result.interval,
-                cost=result.cost,
-                shares=result.shares,
-                thresholds=policy.thresholds,
-                solved_accuracy=policy.source["accuracy"],
-                solved_cost=policy.source["cost"],
-                policy=policy,
-                result=result,
-            )
-        )
+        points.append(BudgetPoint(float(budget), policy, result))
     return points
-
-
-def _check_not_empty(table: ExitTable) -> None:
-    if table.num_samples == 0:
-        raise ValueError("the table holds no samples; there is nothing to evaluate.")
-
-
-def check_same_confidence(policy: ExitPolicy, table: ExitTable) -> None:
-    if policy.measure != table.measure or not np.allclose(policy.temperatures, table.temperatures):
-        raise ValueError(
-            f"the policy's thresholds are for {policy.measure} at temperatures {policy.temperatures.tolist()}, the "
-            f"table holds {table.measure} at {list(table.temperatures)}; collect it with the policy's, or use "
-            "ExitTable.with_confidence."
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How far an exit's confidence can be believed.
-
-    Attributes:
-        ece: expected calibration error over equal-width bins (Guo et al. 2017, eq. 3), in [0, 1].
-        auroc: probability that a right answer has a higher confidence than a wrong one (failure prediction); NaN when
-            all answers are right or all wrong.
-        aurc: area under the risk-coverage curve: the mean error among the most confident, over all coverages.
-        bin_confidence, bin_accuracy, bin_share: (bins,) of the reliability diagram; NaN in an empty bin.
-    """
-
-    exit_index: int
-    ece: float
-    auroc: float
-    aurc: float
-    bin_confidence: np.ndarray
-    bin_accuracy: np.ndarray
-    bin_share: np.ndarray
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "exit_index": self.exit_index,
-            "ece": self.ece,
-            "auroc": None if np.isnan(self.auroc) else self.auroc,
-            "aurc": self.aurc,
-        }
-
-
-def calibration(table: ExitTable, bins: int = 15) -> list[Calibration]:
-    """Calibration of every exit. Confidences must lie in [0, 1]; samples whose confidence is NaN are left out."""
-    from scipy.stats import rankdata
-
-    _check_not_empty(table)
-    if bins < 1:
-        raise ValueError(f"expected at least one bin, got {bins}.")
-    found = []
-    for k in range(table.num_exits):
-        known = ~np.isnan(table.confidence[k])
-        sure, right = table.confidence[k][known].astype(np.float64), table.correct[k][known].astype(np.float64)
-        if len(sure) == 0 or sure.min() < 0 or sure.max() > 1 + 1e-6:
-            raise ValueError(f"exit {k + 1} has no confidences in [0, 1] to be calibrated.")
-        place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)  # (low, high], zero in the first
-        count = np.bincount(place, minlength=bins)
-        with np.errstate(invalid="ignore"):
-            bin_confidence = np.bincount(place, weights=sure, minlength=bins) / count
-            bin_accuracy = np.bincount(place, weights=right, minlength=bins) / count
-        share = count / len(sure)
-        gaps = np.where(count > 0, np.abs(bin_confidence - bin_accuracy), 0.0)
-        positives = right.sum()
-        negatives = len(right) - positives
-        auroc = np.nan
-        if positives and negatives:
-            ranks = rankdata(sure)
-            auroc = (ranks[right == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives)
-        found.append(
-            Calibration(k, float(share @ gaps), float(auroc), _aurc(sure, right), bin_confidence, bin_accuracy, share)
-        )
-    return found
-
-
-def _aurc(sure: np.ndarray, right: np.ndarray) -> float:
-    # Samples with equal confidence are accepted together; each takes the mean error of its group's coverages.
-    order = np.argsort(-sure, kind="stable")
-    values, wrong = sure[order], 1 - right[order]
-    ends = np.flatnonzero(np.append(values[:-1] != values[1:], True))
-    sizes = np.diff(ends, prepend=-1)
-    return float(np.repeat(np.cumsum(wrong)[ends] / (ends + 1), sizes).mean())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Similarity of exits
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def cka(x: np.ndarray | Tensor, y: np.ndarray | Tensor) -> float:
-    """Linear centred kernel alignment of two representations of the same samples (Kornblith et al. 2019, eq. 5).
-
-    Args:
-        x: (N, ...) and
-        y: (N, ...), any number of features each; class indices (N,) are taken one-hot.
-
-    Returns:
-        A number in [0, 1], 1 for representations equal up to rotation and scale; NaN if one of them is constant.
-        Dyn-Adapter's Fig. 4 compares layers and labels so.
-    """
-    x, y = _features(x), _features(y)
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"cka compares two views of the same samples, got {len(x)} and {len(y)}.")
-    if min(x.shape[1], y.shape[1]) > len(x):
-        # Fewer samples than features: the same figures from the N x N products.
-        gram_x, gram_y = x @ x.T, y @ y.T
-        cross, own_x, own_y = (gram_x * gram_y).sum(), (gram_x**2).sum(), (gram_y**2).sum()
-    else:
-        cross, own_x, own_y = ((x.T @ y) ** 2).sum(), ((x.T @ x) ** 2).sum(), ((y.T @ y) ** 2).sum()
-    if own_x == 0 or own_y == 0:
-        return float("nan")
-    return float(cross / np.sqrt(own_x * own_y))
-
-
-def cka_matrix(features: Sequence[np.ndarray | Tensor], target: np.ndarray | Tensor | None = None) -> np.ndarray:
-    """`cka` (R, R) of every pair of representations; with ``target`` (N,) the labels are the last row and column."""
-    views = [*features] if target is None else [*features, target]
-    matrix = np.ones((len(views), len(views)))
-    for i, first in enumerate(views):
-        for j in range(i):
-            matrix[i, j] = matrix[j, i] = cka(first, views[j])
-    return matrix
-
-
-def _features(values: np.ndarray | Tensor) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = (values.double() if values.is_floating_point() else values).numpy()
-    values = np.asarray(values)
-    if values.ndim == 1 and values.dtype.kind in "iub":
-        values = (values[:, None] == np.unique(values)).astype(np.float64)
-    values = values.reshape(len(values), -1).astype(np.float64)
-    return values - values.mean(0) if len(values) else values

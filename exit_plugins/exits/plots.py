@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .evaluation import AnytimePoint, BudgetPoint, Calibration, PolicyResult
+    from .calibration import Calibration
+    from .evaluation import AnytimePoint, BudgetPoint, PolicyResult
 
 __all__ = [
     "budget_curve",
@@ -123,7 +124,7 @@ def exit_shares(points: Sequence["BudgetPoint"], unit: str = "MACs") -> "Figure"
         raise ValueError("there is no point to draw.")
     figure, axes = _figure(6.4, 4.2)
     divisor, prefix = si_unit(max(p.budget for p in points))
-    _stack(axes, np.stack([p.shares for p in points]), [f"{p.budget / divisor:.3g}" for p in points])
+    _stack(axes, np.stack([p.result.shares for p in points]), [f"{p.budget / divisor:.3g}" for p in points])
     axes.set_xlabel(f"budget per image [{prefix}{unit}]")
     axes.set_ylabel("images [%]")
     return figure
@@ -208,7 +209,7 @@ def reliability(calibrations: Sequence["Calibration"]) -> "Figure":
 
 
 def cka_heatmap(matrix: np.ndarray, names: Sequence[str] | None = None) -> "Figure":
-    """Similarity of exits, and of exits and labels (Dyn-Adapter, Fig. 4), from ``evaluation.cka_matrix``."""
+    """Similarity of exits, and of exits and labels (Dyn-Adapter, Fig. 4), from ``similarity.cka_matrix``."""
     matrix = np.asarray(matrix)
     size = len(matrix)
     if matrix.shape != (size, size) or size == 0:
@@ -231,7 +232,7 @@ def cka_with_labels(rows: Mapping[str, Sequence[float]]) -> "Figure":
     """Similarity of a model's layers and the labels, from shallow to deep, one row per model (Dyn-Adapter, Fig. 4).
 
     Args:
-        rows: name of a model to its layers' ``evaluation.cka`` with the labels, each in [0, 1].
+        rows: name of a model to its layers' ``similarity.cka`` with the labels, each in [0, 1].
     """
     if not rows or not all(len(values) for values in rows.values()):
         raise ValueError("cka_with_labels draws at least one model with at least one layer.")

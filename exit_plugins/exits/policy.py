@@ -20,7 +20,7 @@ from .schema import CERTIFICATE, MODEL, SOURCE, check_fields, numbers, plain
 if TYPE_CHECKING:
     from .table import ExitTable
 
-__all__ = ["ExitPolicy", "describe_model", "weights_digest"]
+__all__ = ["ExitPolicy", "check_same_confidence", "check_same_model", "describe_model", "weights_digest"]
 
 _FORMAT = "exit_plugins.policy"
 _VERSION = 1
@@ -36,6 +36,16 @@ def check_same_model(found: Mapping[str, Any], expected: Mapping[str, Any], what
                 f"{what} was made for {key} {expected[key]} and the model has {found[key]}; solve thresholds for this "
                 "model."
             )
+
+
+def check_same_confidence(policy: "ExitPolicy", table: "ExitTable") -> None:
+    """ValueError unless the confidences in ``table`` are those the policy's thresholds are for."""
+    if policy.measure != table.measure or not np.allclose(policy.temperatures, table.temperatures):
+        raise ValueError(
+            f"the policy's thresholds are for {policy.measure} at temperatures {policy.temperatures.tolist()}, the "
+            f"table holds {table.measure} at {list(table.temperatures)}; collect it with the policy's, or use "
+            "ExitTable.with_confidence."
+        )
 
 
 @dataclass(frozen=True, eq=False)

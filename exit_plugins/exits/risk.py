@@ -18,8 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from .digests import SampleRecord
-from .evaluation import check_same_confidence
-from .policy import ExitPolicy
+from .policy import ExitPolicy, check_same_confidence
 from .table import ExitTable
 
 __all__ = ["LOSSES", "RISK_METHODS", "certified_step", "certify", "path_losses", "samples_needed", "wsr_bound"]

@@ -250,7 +250,7 @@ def test_traceback_is_shown_when_asked_for():
 def test_interrupted_evaluation_goes_on_from_its_part_file(folder, capsys, tmp_path, monkeypatch):
     table = tmp_path / "t.npz"
     words = ["evaluate", MODEL, *weights(folder), *DATA, "--batch-size", "16", "--save-table", str(table)]
-    from exit_plugins.exits import table as module
+    from exit_plugins.exits import collecting as module
 
     calls, ask = [], module._Asker.__call__
 

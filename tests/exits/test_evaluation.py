@@ -5,14 +5,9 @@ from sklearn.metrics import roc_auc_score
 from small_tables import costs_of, naive_run, realistic_table
 
 from exit_plugins import ExitPolicy, ExitTable, anytime_curve, budgeted_curve
-from exit_plugins.exits.evaluation import (
-    bootstrap_interval,
-    calibration,
-    cka,
-    cka_matrix,
-    ensemble_curve,
-    evaluate_policy,
-)
+from exit_plugins.exits.calibration import calibration
+from exit_plugins.exits.evaluation import bootstrap_interval, ensemble_curve, evaluate_policy
+from exit_plugins.exits.similarity import cka, cka_matrix
 
 
 def test_anytime_curve_is_the_accuracy_of_each_exit():
@@ -84,10 +79,10 @@ def test_budgeted_curve_reports_the_test_split_beside_the_target():
     val, test, costs = realistic_table(4, 400, 1), realistic_table(4, 500, 2), costs_of(4)
     budgets = np.linspace(costs[0], costs[-1], 5)
     for point, budget in zip(budgeted_curve(val, test, costs, budgets), budgets, strict=True):
-        accuracy, cost, _ = naive_run(test, point.thresholds, costs)
-        assert point.budget == budget and point.solved_cost <= budget
+        accuracy, cost, _ = naive_run(test, point.policy.thresholds, costs)
+        assert point.budget == budget and point.policy.source["cost"] <= budget
         assert point.accuracy == pytest.approx(accuracy) and point.cost == pytest.approx(cost)
-        assert point.solved_cost == pytest.approx(naive_run(val, point.thresholds, costs)[1])
+        assert point.policy.source["cost"] == pytest.approx(naive_run(val, point.policy.thresholds, costs)[1])
     counted = budgeted_curve(val, test, costs, 5, method="shared")
     assert [p.budget for p in counted] == budgets.tolist()
 

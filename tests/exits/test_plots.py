@@ -7,7 +7,9 @@ from small_tables import costs_of, realistic_table
 
 from exit_plugins import ExitPolicy, ExitTable, anytime_curve, budgeted_curve
 from exit_plugins.exits import plots
-from exit_plugins.exits.evaluation import calibration, cka_matrix, evaluate_policy
+from exit_plugins.exits.calibration import calibration
+from exit_plugins.exits.evaluation import evaluate_policy
+from exit_plugins.exits.similarity import cka_matrix
 
 NAMES = [f"kind {i}" for i in range(10)]
 
@@ -46,7 +48,7 @@ def test_stacked_shares_add_up_and_exits_differ_in_grey(made):
     assert len(bars) == 25
     heights = np.array([bar.get_height() for bar in bars]).reshape(5, 5)  # exits, budgets
     np.testing.assert_allclose(heights.sum(0), 100)
-    np.testing.assert_allclose(heights[:, 1], 100 * points[1].shares)
+    np.testing.assert_allclose(heights[:, 1], 100 * points[1].result.shares)
     grey = [np.dot(bar.get_facecolor()[:3], (0.299, 0.587, 0.114)) for bar in bars[::5]]
     assert (np.diff(grey) < -0.08).all()  # each exit clearly darker than the one before
     assert len({bar.get_hatch() for bar in bars[::5]}) == 5

@@ -1,0 +1,54 @@
+"""How alike the representations of exits, and of labels, are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["cka", "cka_matrix"]
+
+
+def cka(x: np.ndarray | Tensor, y: np.ndarray | Tensor) -> float:
+    """Linear centred kernel alignment of two representations of the same samples (Kornblith et al. 2019, eq. 5).
+
+    Args:
+        x: (N, ...) and
+        y: (N, ...), any number of features each; class indices (N,) are taken one-hot.
+
+    Returns:
+        A number in [0, 1], 1 for representations equal up to rotation and scale; NaN if one of them is constant.
+        Dyn-Adapter's Fig. 4 compares layers and labels so.
+    """
+    x, y = _features(x), _features(y)
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"cka compares two views of the same samples, got {len(x)} and {len(y)}.")
+    if min(x.shape[1], y.shape[1]) > len(x):
+        # Fewer samples than features: the same figures from the N x N products.
+        gram_x, gram_y = x @ x.T, y @ y.T
+        cross, own_x, own_y = (gram_x * gram_y).sum(), (gram_x**2).sum(), (gram_y**2).sum()
+    else:
+        cross, own_x, own_y = ((x.T @ y) ** 2).sum(), ((x.T @ x) ** 2).sum(), ((y.T @ y) ** 2).sum()
+    if own_x == 0 or own_y == 0:
+        return float("nan")
+    return float(cross / np.sqrt(own_x * own_y))
+
+
+def cka_matrix(features: Sequence[np.ndarray | Tensor], target: np.ndarray | Tensor | None = None) -> np.ndarray:
+    """`cka` (R, R) of every pair of representations; with ``target`` (N,) the labels are the last row and column."""
+    views = [*features] if target is None else [*features, target]
+    matrix = np.ones((len(views), len(views)))
+    for i, first in enumerate(views):
+        for j in range(i):
+            matrix[i, j] = matrix[j, i] = cka(first, views[j])
+    return matrix
+
+
+def _features(values: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    values = np.asarray(values)
+    if values.ndim == 1 and values.dtype.kind in "iub":
+        values = (values[:, None] == np.unique(values)).astype(np.float64)
+    values = values.reshape(len(values), -1).astype(np.float64)
+    return values - values.mean(0) if len(values) else values
