@@ -92,6 +92,7 @@ lint: install-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .hosts runs build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .hosts runs build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache

@@ -160,7 +160,7 @@ class AdaptiveModel(nn.Module):
             )
         # Every waiting sample is answered at every exit; the last answer it gets is the one at its own. Samples that
         # left but are still carried along answer into one row too many.
-        answers: Tensor | None = None
+        answers = images.new_empty(0)  # made at the first exit, which knows the number of classes
         sures = torch.empty(batch + 1, device=device)
         exits = torch.empty(batch + 1, dtype=torch.int64, device=device)
         position = torch.arange(batch, device=device)  # the row each sample of the state answers into
@@ -171,7 +171,7 @@ class AdaptiveModel(nn.Module):
         for index, (threshold, temperature) in enumerate(plan.exits):
             logits, state = self.runner.forward_exit(index, state)
             sure = confidence(logits, plan.measure, temperature).float()
-            if answers is None:
+            if index == 0:
                 answers = torch.empty((batch + 1, logits.shape[1]), dtype=_result_dtype(logits), device=device)
             answers.index_copy_(0, position, logits.to(answers.dtype))
             sures.index_copy_(0, position, sure)
@@ -232,6 +232,7 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
 def inference_copy(model: MultiExitModule) -> MultiExitModule:
     """A copy of ``model`` that computes the same faster and cannot be trained."""
     fused = copy.deepcopy(model).eval().requires_grad_(False)
-    if callable(getattr(fused, "fuse", None)):
-        fused.fuse()
+    fuse = getattr(fused, "fuse", None)
+    if callable(fuse):
+        fuse()
     return fused.to(memory_format=torch.channels_last)

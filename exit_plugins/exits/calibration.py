@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .table import ExitTable, check_not_empty
 
@@ -26,9 +27,9 @@ class Calibration:
     ece: float
     auroc: float
     aurc: float
-    bin_confidence: np.ndarray
-    bin_accuracy: np.ndarray
-    bin_share: np.ndarray
+    bin_confidence: NDArray[Any]
+    bin_accuracy: NDArray[Any]
+    bin_share: NDArray[Any]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -71,7 +72,7 @@ def calibration(table: ExitTable, bins: int = 15) -> list[Calibration]:
     return found
 
 
-def _aurc(sure: np.ndarray, right: np.ndarray) -> float:
+def _aurc(sure: NDArray[Any], right: NDArray[Any]) -> float:
     # Samples with equal confidence are accepted together; each takes the mean error of its group's coverages.
     order = np.argsort(-sure, kind="stable")
     values, wrong = sure[order], 1 - right[order]

@@ -6,7 +6,7 @@ leaves as a whole and the clips that stay keep all their frames. Nothing else on
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -39,7 +39,8 @@ def over_clips(model: nn.Module, num_frames: int, keep_forward: bool = False) ->
     if getattr(model, "sample_ndim", 3) != 3:
         frames = f" of {model.num_frames} frames" if isinstance(model, _Clips) else ""
         raise ValueError(f"{type(model).__name__} takes clips{frames} already.")
-    model.__class__ = _clip_class(type(model), keep_forward)
+    model.__class__ = _clip_class(type(model), keep_forward)  # type: ignore[arg-type]  # classes are hashable
+    assert isinstance(model, _Clips)
     model.num_frames = num_frames
     return model
 
@@ -49,12 +50,27 @@ def frames_of(clips: Tensor) -> Tensor:
     return clips.flatten(0, 1)
 
 
+def _clips_of(frames: Tensor, num_frames: int) -> Tensor:
+    """The other way: a batch of frames (B*T, ...) as clips (B, ``num_frames``, ...)."""
+    clips: Tensor = frames.unflatten(0, (-1, num_frames))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return clips
+
+
 def sample_size(model: nn.Module, image_size: Sequence[int]) -> tuple[int, ...]:
     """Shape of one of the model's samples, an image or a clip of images of ``image_size`` (C, H, W)."""
     return (model.num_frames, *image_size) if isinstance(model, _Clips) else tuple(image_size)
 
 
-class _Clips:
+if TYPE_CHECKING:
+
+    class _Network(MultiExit, nn.Module):
+        """What the classes below are mixed into."""
+
+else:
+    _Network = object
+
+
+class _Clips(_Network):
     """What the classes made here have in common."""
 
     num_frames: int
@@ -69,7 +85,7 @@ class _Clips:
         return x
 
     def _clips(self, state: State) -> State:
-        return map_state(lambda leaf: leaf.unflatten(0, (-1, self.num_frames)), state)
+        return map_state(lambda leaf: _clips_of(leaf, self.num_frames), state)
 
     forward_exits = MultiExit.forward_exits
 
@@ -86,7 +102,7 @@ class _ClipExits(_Clips):
     def forward_exit(self, index: int, state: State) -> tuple[Tensor, State]:
         """Consensus logits (B, num_classes) of exit ``index``, and the next state, every leaf (B, T, ...)."""
         logits, state = super().forward_exit(index, map_state(frames_of, state))
-        return logits.unflatten(0, (-1, self.num_frames)).mean(1), self._clips(state)
+        return _clips_of(logits, self.num_frames).mean(1), self._clips(state)
 
 
 class _WithForward(_ClipExits):
@@ -108,8 +124,8 @@ class _ClipNetwork(_Clips):
     def forward_exit(self, index: int, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[()]]:
         if index != 0:
             raise IndexError(f"this network has one exit, 0, got {index}.")
-        logits = super().forward(frames_of(state[0]))
-        return logits.unflatten(0, (-1, self.num_frames)).mean(1), ()
+        logits: Any = super().forward(frames_of(state[0]))
+        return _clips_of(logits, self.num_frames).mean(1), ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Clips (B, T, C, H, W) to logits (B, num_classes), in either mode: what the host's trainer expects of it."""
@@ -132,13 +148,18 @@ class FrameNetwork(MultiExit, nn.Module):
     def begin_exits(self, x: Tensor) -> State:
         if isinstance(self.model, _ClipNetwork):
             return (x,)
-        return type(self.model).__bases__[1].begin_exits(self.model, x)
+        return self._network.begin_exits(self.model, x)
 
     def forward_exit(self, index: int, state: State) -> tuple[Tensor, State]:
-        network = type(self.model).__bases__[1]
         if isinstance(self.model, _ClipNetwork):
-            return network.forward(self.model, state[0]), ()
-        return network.forward_exit(self.model, index, state)
+            return self._network.forward(self.model, state[0]), ()
+        answer: tuple[Tensor, State] = self._network.forward_exit(self.model, index, state)
+        return answer
+
+    @property
+    def _network(self) -> Any:
+        """The class of the image network, under the class made here."""
+        return type(self.model).__bases__[1]
 
 
 @cache
@@ -150,5 +171,5 @@ def _clip_class(cls: type[nn.Module], keep_forward: bool = False) -> type[nn.Mod
 
 def _bare(cls: type[nn.Module], keep_forward: bool) -> nn.Module:
     """An instance of the clip class of ``cls`` without attributes yet."""
-    made = _clip_class(cls, keep_forward)
+    made = _clip_class(cls, keep_forward)  # type: ignore[arg-type]  # classes are hashable
     return made.__new__(made)

@@ -26,15 +26,15 @@ __all__ = ["collect_exits"]
 
 def collect_exits(
     model: AnyModel,
-    loader: Iterable,
+    loader: Iterable[Any],
     device: torch.device | str | None = None,
     measure: str = "max_softmax",
     temperatures: Iterable[float] | None = None,
     keep_logits: bool = False,
     progress: bool | None = None,
-    part_file: str | os.PathLike | None = None,
+    part_file: str | os.PathLike[str] | None = None,
     about: Mapping[str, Any] | None = None,
-    save_as: str | os.PathLike | None = None,
+    save_as: str | os.PathLike[str] | None = None,
     finish: Callable[[ExitTable], ExitTable] | None = None,
 ) -> ExitTable:
     """Run every exit over a labelled loader and record what each says.
@@ -104,7 +104,7 @@ def collect_exits(
         with torch.inference_mode():
             # The first and the last of the batches that are done are read again: are these the same samples?
             for index, batch in _own_batches(loader, rank, world, done):
-                if index < done:
+                if part is not None and index < done:
                     part.check_batch(index, ask.inputs(batch))
                     continue
                 records.append(ask(batch))
@@ -172,7 +172,7 @@ class _Asker:
         )
 
 
-def _run_header(loader: Iterable, ask: _Asker, known: dict[str, Any]) -> dict[str, Any]:
+def _run_header(loader: Iterable[Any], ask: _Asker, known: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for the batches in a part file to belong to this run, in plain JSON values."""
     header = {
         **known,
@@ -183,17 +183,18 @@ def _run_header(loader: Iterable, ask: _Asker, known: dict[str, Any]) -> dict[st
         "temperatures": ask.temperatures,
         "keep_logits": ask.keep_logits,
     }
-    return json.loads(json.dumps(header, allow_nan=False))
+    plain: dict[str, Any] = json.loads(json.dumps(header, allow_nan=False))
+    return plain
 
 
-def _bytes_at_least(model: MultiExitModule, loader: Iterable, keep_logits: bool) -> int:
+def _bytes_at_least(model: MultiExitModule, loader: Iterable[Any], keep_logits: bool) -> int:
     """A table's size on disk, or less: what hardly compresses, as far as it is known before the run."""
     samples = _length(getattr(loader, "dataset", None)) or 0
     per_exit = 1 + int(getattr(model, "num_classes", 0) or 0) * keep_logits
     return 2 * samples * model.num_exits * per_exit  # half of the float32 numbers' bytes
 
 
-def _save_once(table: ExitTable, path: str | os.PathLike, rank: int, world: int) -> None:
+def _save_once(table: ExitTable, path: str | os.PathLike[str], rank: int, world: int) -> None:
     """Process 0 writes; nobody goes on, and gives up its part file, before the table is there."""
     fault: list[str | None] = [None]
     try:
@@ -209,7 +210,7 @@ def _save_once(table: ExitTable, path: str | os.PathLike, rank: int, world: int)
         raise OSError(f"the first process could not write the table: {fault[0]}")
 
 
-def _images_and_target(batch) -> tuple[Tensor, Tensor]:
+def _images_and_target(batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise ValueError(f"expected batches of (images, target), got {type(batch).__name__}.")
     images, target = batch[0], batch[1]
@@ -237,7 +238,7 @@ def _process() -> tuple[int, int]:
     return 0, 1
 
 
-def _check_not_sharded(loader: Iterable, world: int) -> None:
+def _check_not_sharded(loader: Iterable[Any], world: int) -> None:
     inner = getattr(loader, "loader", loader)  # timm's PrefetchLoader keeps the DataLoader there
     sampler = getattr(inner, "sampler", None)
     replicas = getattr(sampler, "num_replicas", 1)
@@ -250,7 +251,7 @@ def _check_not_sharded(loader: Iterable, world: int) -> None:
         )
 
 
-def _own_batches(loader: Iterable, rank: int, world: int, done: int) -> Iterator[tuple[int, Any]]:
+def _own_batches(loader: Iterable[Any], rank: int, world: int, done: int) -> Iterator[tuple[int, Any]]:
     """This process's batches with their numbers from 0: those not done yet, and the first and last that are."""
     again = sorted({0, done - 1}) if done else []
     streams = isinstance(getattr(loader, "dataset", None), IterableDataset)

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # batch sizes a CUDA graph is capt
 _COMPILING = threading.RLock()
 
 
-def _own_code(function: types.FunctionType, name: str) -> types.FunctionType:
+def _own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
     """``function`` with a code object of its own.
 
     torch.compile keeps its compiled versions, and counts them against its recompile limit, per code object. Segments
     that shared one would use the limit up for each other.
     """
+    assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
@@ -48,7 +50,7 @@ class CompiledSegments(MultiExit, nn.Module):
         self.num_classes = getattr(model, "num_classes", 0)
         self._segments = [self._compile(index) for index in range(self.num_exits)]
         self._compiled: set[tuple[int, bool]] = set()  # segments, and whether of a single sample
-        self._graphs: dict[tuple, _Graph] = {}
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self.eval()
 
     def train(self, mode: bool = True) -> "CompiledSegments":
@@ -114,7 +116,7 @@ class _Graph:
 
         self.inputs = map_state(pad, state)
         # Compilation, cuDNN's choice of kernels and lazy initialisation must lie behind before a capture.
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .costs import check_costs, exit_counts
@@ -27,7 +28,7 @@ def cap_policy(policy: ExitPolicy, max_exit: int | None = None, max_cost: float 
     """
     if (max_exit is None) == (max_cost is None):
         raise ValueError("give either max_exit= or max_cost=, and not both.")
-    if max_exit is None:
+    if max_cost is not None:
         if policy.costs is None:
             raise ValueError("this policy knows no costs; give max_exit= instead of max_cost=.")
         if max_cost < policy.costs[0]:
@@ -48,8 +49,8 @@ class ExitDrift:
         samples: how many the observed shares are of.
     """
 
-    observed: np.ndarray
-    expected: np.ndarray
+    observed: NDArray[Any]
+    expected: NDArray[Any]
     psi: float
     p_value: float
     samples: int
@@ -73,7 +74,7 @@ class ExitRateMonitor:
         window: how many of the last samples are looked at.
     """
 
-    def __init__(self, shares: Sequence[float] | np.ndarray, calibration_samples: int, window: int = 2000) -> None:
+    def __init__(self, shares: Sequence[float] | NDArray[Any], calibration_samples: int, window: int = 2000) -> None:
         self.shares = np.asarray(shares, dtype=np.float64)
         if self.shares.ndim != 1 or not np.isclose(self.shares.sum(), 1.0) or (self.shares < 0).any():
             raise ValueError(f"shares must be one per exit and add up to 1, got {self.shares.tolist()}.")
@@ -81,10 +82,10 @@ class ExitRateMonitor:
             raise ValueError("expected window >= 1 and calibration_samples >= 1.")
         self.calibration_samples = calibration_samples
         self.window = window
-        self._batches: deque[tuple[np.ndarray, np.ndarray]] = deque()  # counts, expected counts
+        self._batches: deque[tuple[NDArray[Any], NDArray[Any]]] = deque()  # counts, expected counts
         self._samples = 0
 
-    def update(self, exit_index: Tensor | np.ndarray, shares: np.ndarray | None = None) -> None:
+    def update(self, exit_index: Tensor | NDArray[Any], shares: NDArray[Any] | None = None) -> None:
         """Add a batch; ``shares`` are the expected ones where the policy in use is not the one of the constructor."""
         exits = _exits(exit_index, len(self.shares))
         if len(exits) == 0:
@@ -153,12 +154,13 @@ class BudgetController:
         max_exit: int | None = None,
         window: int = 2000,
     ) -> None:
-        if len(path) < 2 or any(policy.costs is None for policy in path):
+        costs = path[0].costs if len(path) else None
+        if len(path) < 2 or costs is None or any(policy.costs is None for policy in path):
             raise ValueError("the controller needs a path of at least two policies with costs; use policy_path(...).")
         if not gain > 0:
             raise ValueError(f"gain must be positive, got {gain}.")
         num_exits = path[0].num_exits
-        self.costs = check_costs(path[0].costs, num_exits)
+        self.costs = check_costs(costs, num_exits)
         last = num_exits - 1 if max_exit is None else max_exit
         # The ends are exact, NaN included: at the cheap one nobody passes the first exit.
         capped = path if max_exit is None else [cap_policy(policy, max_exit) for policy in path]
@@ -170,12 +172,12 @@ class BudgetController:
                 f"{self.costs[last]:.6g} (last exit that may be reached)."
             )
         self.budget, self.gain = float(budget), float(gain)
-        known = [policy.source.get("cost") for policy in path]
+        known = [policy.source["cost"] for policy in path if policy.source.get("cost") is not None]
         position = np.linspace(0, 1, len(path))
         # Where the path met the budget on its calibration split, or in proportion.
         self._position = (
             float(np.interp(budget, known, position))
-            if None not in known
+            if len(known) == len(path)
             else (self.budget - self.costs[0]) / (self.range or 1.0)
         )
         self.num_samples = 0
@@ -206,13 +208,13 @@ class BudgetController:
         """The guarantee: how far the mean cost can be from the budget after ``samples`` in batches of that size."""
         return self.range * (1 + self.gain * batch_size) / (self.gain * samples)
 
-    def update(self, exit_index: Tensor | np.ndarray) -> None:
+    def update(self, exit_index: Tensor | NDArray[Any]) -> None:
         """Tell where the samples of the last batch left, (B,) exit indices."""
         exits = _exits(exit_index, len(self.costs))
         if len(exits) == 0:
             return
         if self._monitor is not None:
-            self._monitor.update(exits, self._shares[self._step])
+            self._monitor.update(exits, None if self._shares is None else self._shares[self._step])
         spent = float(self.costs[exits].sum())
         self._spent += spent
         self.num_samples += len(exits)
@@ -226,7 +228,7 @@ class BudgetController:
         return self._monitor.report()
 
 
-def _exits(exit_index: Tensor | np.ndarray, num_exits: int) -> np.ndarray:
+def _exits(exit_index: Tensor | NDArray[Any], num_exits: int) -> NDArray[Any]:
     exits = exit_index.detach().cpu().numpy() if isinstance(exit_index, Tensor) else np.asarray(exit_index)
     if exits.ndim != 1 or (
         len(exits) and (exits.dtype.kind not in "iu" or exits.min() < 0 or exits.max() >= num_exits)

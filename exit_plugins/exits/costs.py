@@ -1,12 +1,13 @@
 """What reaching each exit costs: multiply-accumulates, parameters, and measured latency, all cumulative."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -37,8 +38,8 @@ class ExitCosts:
         params: (K,) int64, parameters read on the way to the exit.
     """
 
-    macs: np.ndarray
-    params: np.ndarray
+    macs: NDArray[Any]
+    params: NDArray[Any]
 
 
 class _SeenParameters(TorchFunctionMode):
@@ -48,7 +49,13 @@ class _SeenParameters(TorchFunctionMode):
         super().__init__()
         self.seen: dict[int, int] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, nn.Parameter):
                 self.seen[id(leaf)] = leaf.numel()
@@ -77,7 +84,7 @@ def exit_costs(model: AnyModel, input_size: Sequence[int] = (3, 224, 224)) -> Ex
 
 
 @torch.inference_mode()
-def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3) -> np.ndarray:
+def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3) -> NDArray[Any]:
     """Measured seconds (K,) to reach each exit with the batch ``x``, cumulative; the median of ``repeats`` full runs.
 
     The segments are timed one after the other within each run, so a drift of the machine touches all alike.
@@ -86,7 +93,7 @@ def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3)
     if repeats < 1 or warmup < 0:
         raise ValueError(f"expected repeats >= 1 and warmup >= 0, got {repeats} and {warmup}.")
     device = exit_device(model)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    synchronize = _synchronizer(device)
     times = np.zeros((repeats, model.num_exits))
     training, x = model.training, x.to(device)
     model.eval()
@@ -106,6 +113,16 @@ def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3)
     return np.cumsum(segments)
 
 
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    """Waits for what the device has been given to do, so that a clock sees it."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return wait
+
+
 @dataclass(frozen=True)
 class SegmentTimes:
     """Measured time of each segment, and of dropping samples before it, at several batch sizes.
@@ -116,16 +133,16 @@ class SegmentTimes:
         gather: (K, S) seconds it takes to gather that many samples' state before segment k; zero for the first.
     """
 
-    sizes: np.ndarray
-    segment: np.ndarray
-    gather: np.ndarray
+    sizes: NDArray[Any]
+    segment: NDArray[Any]
+    gather: NDArray[Any]
 
     def pays(self, index: int, rows: int, waiting: int) -> bool:
         """Whether gathering the ``waiting`` of ``rows`` samples before segment ``index`` costs less than it saves."""
         saved = self._at(self.segment[index], rows) - self._at(self.segment[index], waiting)
         return bool(saved > self._at(self.gather[index], waiting))
 
-    def _at(self, seconds: np.ndarray, rows: int) -> float:
+    def _at(self, seconds: NDArray[Any], rows: int) -> float:
         """Interpolated between the sizes measured; beyond the largest, in proportion to it."""
         return float(np.interp(rows, self.sizes, seconds)) * max(rows / float(self.sizes[-1]), 1.0)
 
@@ -136,46 +153,46 @@ def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2)
 
     Medians of ``repeats`` runs, all sizes measured within each run so that a drift of the machine touches all alike.
     """
-    check_multi_exit(model)
+    module = check_multi_exit(model)
     if repeats < 1 or warmup < 0 or x.shape[0] == 0:
         raise ValueError(f"expected repeats >= 1, warmup >= 0 and images, got {repeats}, {warmup}, {tuple(x.shape)}.")
-    device = exit_device(model)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    device = exit_device(module)
+    synchronize = _synchronizer(device)
     sizes = sorted({1, *(max(round(x.shape[0] * part), 1) for part in (0.25, 0.5, 0.75, 1.0))})
-    segment = np.zeros((repeats, model.num_exits, len(sizes)))
+    segment = np.zeros((repeats, module.num_exits, len(sizes)))
     gather = np.zeros_like(segment)
 
-    def timed(function) -> tuple[float, Any]:
+    def timed(function: Callable[[], Any]) -> tuple[float, Any]:
         synchronize()
         start = time.perf_counter()
         result = function()
         synchronize()
         return time.perf_counter() - start, result
 
-    training, x = model.training, x.to(device)
-    model.eval()
+    training, x = module.training, x.to(device)
+    module.eval()
     try:
         for run in range(-warmup, repeats):
             for column, size in enumerate(sizes):
                 rows = torch.arange(size, device=device)
                 images = x[:size]
                 state = images
-                for index in range(model.num_exits):
+                for index in range(module.num_exits):
                     if index == 0:
-                        seconds, (_, state) = timed(lambda: model.forward_exit(0, model.begin_exits(images)))  # noqa: B023
+                        seconds, (_, state) = timed(lambda: module.forward_exit(0, module.begin_exits(images)))  # noqa: B023
                     else:
                         copied, state = timed(lambda: select_samples(state, rows))  # noqa: B023
-                        seconds, (_, state) = timed(lambda: model.forward_exit(index, state))  # noqa: B023
+                        seconds, (_, state) = timed(lambda: module.forward_exit(index, state))  # noqa: B023
                         if run >= 0:
                             gather[run, index, column] = copied
                     if run >= 0:
                         segment[run, index, column] = seconds
     finally:
-        model.train(training)
+        module.train(training)
     return SegmentTimes(np.array(sizes), np.median(segment, 0), np.median(gather, 0))
 
 
-def check_costs(costs: Sequence[float] | np.ndarray, num_exits: int) -> np.ndarray:
+def check_costs(costs: Sequence[float] | NDArray[Any], num_exits: int) -> NDArray[Any]:
     """Cumulative costs (K,) as float64; ValueError unless they are K finite, positive numbers that do not fall."""
     if not isinstance(costs, (np.ndarray, Sequence)) and hasattr(costs, "macs"):
         raise TypeError("costs are one number per exit; pass exit_costs(...).macs, or measured latencies.")
@@ -187,12 +204,12 @@ def check_costs(costs: Sequence[float] | np.ndarray, num_exits: int) -> np.ndarr
     return costs
 
 
-def exit_counts(exits: np.ndarray, num_exits: int) -> np.ndarray:
+def exit_counts(exits: NDArray[Any], num_exits: int) -> NDArray[Any]:
     """How many samples (K,) left at each exit."""
     return np.bincount(exits, minlength=num_exits)
 
 
-def mean_cost(counts: np.ndarray, costs: np.ndarray) -> float:
+def mean_cost(counts: NDArray[Any], costs: NDArray[Any]) -> float:
     """Mean cost per sample of (K,) counts; between the first and the last exit's cost to the last bit."""
     extra = counts @ (costs - costs[0]) / max(counts.sum(), 1)
     return float(min(costs[0] + extra, costs[-1]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .protocol import AnyModel, MultiExitModule, check_multi_exit
@@ -32,7 +33,7 @@ def describe_model(model: AnyModel) -> dict[str, Any]:
 
 def describe_checked(model: MultiExitModule) -> dict[str, Any]:
     """``describe_model`` of a module already known to follow the protocol."""
-    config = getattr(model, "pretrained_cfg", None)
+    config: Any = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if hasattr(config, "get") else getattr(config, "architecture", None)
     return {
         "architecture": architecture or type(model).__name__,
@@ -44,7 +45,7 @@ def describe_checked(model: MultiExitModule) -> dict[str, Any]:
 
 
 def _model_kwargs(model: AnyModel) -> dict[str, Any] | None:
-    said = getattr(model, "model_kwargs", None)
+    said: dict[str, Any] | None = getattr(model, "model_kwargs", None)
     if said is not None:
         return said
     kept = vars(model).get("_model_args")  # its own: wrappers pass on what they wrap, which was built otherwise
@@ -53,7 +54,8 @@ def _model_kwargs(model: AnyModel) -> dict[str, Any] | None:
     # Said elsewhere, or without effect on what the model computes once it has its weights.
     left_out = re.compile("num_classes|in_chans|pretrained.*|.*drop_rate|drop_(path|block)_rate")
     try:
-        return plain({key: value for key, value in kept.items() if not left_out.fullmatch(key)}, "model_kwargs")
+        kwargs: dict[str, Any] = plain({k: v for k, v in kept.items() if not left_out.fullmatch(k)}, "model_kwargs")
+        return kwargs
     except (TypeError, ValueError):
         return None
 
@@ -90,7 +92,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def sample_digests(images: Tensor) -> np.ndarray:
+def sample_digests(images: Tensor) -> NDArray[Any]:
     """(B,) uint64: a 64-bit BLAKE2b digest of each sample of a batch, with its dtype and shape."""
     head = f"{images.dtype} {tuple(images.shape[1:])}".encode()
     digests = []
@@ -113,11 +115,11 @@ class SampleRecord:
     """
 
     count: int
-    digests: np.ndarray | None = None
+    digests: NDArray[Any] | None = None
     limit: int | None = None
 
     @classmethod
-    def of(cls, sample: np.ndarray | None, count: int) -> "SampleRecord":
+    def of(cls, sample: NDArray[Any] | None, count: int) -> "SampleRecord":
         """Of a table's digests (N,), or of ``count`` samples that have none."""
         if sample is None:
             return cls(count)
@@ -148,7 +150,7 @@ class SampleRecord:
         numbers = None if digests is None else np.array(sorted(map(_from_hex, digests)), dtype=np.uint64)
         return cls(count, numbers, None if limit is None else _from_hex(limit))
 
-    def overlap(self, sample: np.ndarray) -> int:
+    def overlap(self, sample: NDArray[Any]) -> int:
         """How many of the digests ``sample`` (N,) are among these; an estimate where not all are kept."""
         if self.digests is None:
             return 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .costs import check_costs, exit_counts, mean_cost
 from .deprecation import moved, warn_old
@@ -35,8 +36,8 @@ Interval = tuple[float, float]
 
 
 def bootstrap_interval(
-    values: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> Interval | np.ndarray:
+    values: NDArray[Any], level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Interval | NDArray[Any]:
     """Percentile bootstrap interval of the mean of per-sample ``values``.
 
     Args:
@@ -47,23 +48,27 @@ def bootstrap_interval(
         (low, high), or (R, 2) for values (R, N). NaN for no samples.
     """
     values = np.asarray(values, dtype=np.float64)
+    found = _intervals(np.atleast_2d(values), level, resamples, seed)
+    return found[0] if values.ndim == 1 else np.array(found)
+
+
+def _intervals(rows: NDArray[Any], level: float, resamples: int, seed: int) -> list[Interval]:
+    """`bootstrap_interval` of every one of ``rows`` (R, N)."""
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"expected 0 < level < 1 and resamples >= 1, got {level} and {resamples}.")
-    rows = np.atleast_2d(values)
     if rows.shape[1] == 0:
-        found = np.full((len(rows), 2), np.nan)
-    else:
-        rng = np.random.default_rng(seed)
-        n, chunk = rows.shape[1], 50
-        means = []
-        for start in range(0, resamples, chunk):
-            # How often each sample is drawn is all that matters: one product instead of a gather per resample.
-            draws = rng.integers(n, size=(min(chunk, resamples - start), n))
-            weight = np.stack([np.bincount(draw, minlength=n) for draw in draws]).astype(np.float64)
-            means.append(rows @ weight.T / n)
-        tail = (1 - level) / 2
-        found = np.quantile(np.concatenate(means, axis=1), [tail, 1 - tail], axis=1).T
-    return tuple(found[0].tolist()) if values.ndim == 1 else found
+        return [(np.nan, np.nan)] * len(rows)
+    rng = np.random.default_rng(seed)
+    n, chunk = rows.shape[1], 50
+    means = []
+    for start in range(0, resamples, chunk):
+        # How often each sample is drawn is all that matters: one product instead of a gather per resample.
+        draws = rng.integers(n, size=(min(chunk, resamples - start), n))
+        weight = np.stack([np.bincount(draw, minlength=n) for draw in draws]).astype(np.float64)
+        means.append(rows @ weight.T / n)
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(means, axis=1), [tail, 1 - tail], axis=1).tolist()
+    return list(zip(low, high, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +91,7 @@ class AnytimePoint:
 
 def anytime_curve(
     table: ExitTable,
-    costs: Sequence[float] | np.ndarray | None = None,
+    costs: Sequence[float] | NDArray[Any] | None = None,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -100,16 +105,16 @@ def anytime_curve(
     """
     costs = None if costs is None else check_costs(costs, table.num_exits)
     check_not_empty(table)
-    intervals = bootstrap_interval(table.correct, level, resamples, seed)
+    intervals = _intervals(table.correct, level, resamples, seed)
     return [
-        AnytimePoint(k, None if costs is None else float(costs[k]), float(table.correct[k].mean()), tuple(interval))
-        for k, interval in enumerate(intervals.tolist())
+        AnytimePoint(k, None if costs is None else float(costs[k]), float(table.correct[k].mean()), interval)
+        for k, interval in enumerate(intervals)
     ]
 
 
 def ensemble_curve(
     table: ExitTable,
-    costs: Sequence[float] | np.ndarray,
+    costs: Sequence[float] | NDArray[Any],
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -136,14 +141,14 @@ class PolicyResult:
     accuracy: float
     interval: Interval
     cost: float | None
-    shares: np.ndarray
+    shares: NDArray[Any]
     random_accuracy: float
-    exits: np.ndarray
-    correct: np.ndarray
-    exit_accuracy: np.ndarray
-    classes: np.ndarray
-    class_shares: np.ndarray
-    class_accuracy: np.ndarray
+    exits: NDArray[Any]
+    correct: NDArray[Any]
+    exit_accuracy: NDArray[Any]
+    classes: NDArray[Any]
+    class_shares: NDArray[Any]
+    class_accuracy: NDArray[Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-sample arrays, for JSON; NaN becomes None."""
@@ -163,7 +168,7 @@ class PolicyResult:
 def evaluate_policy(
     policy: ExitPolicy,
     table: ExitTable,
-    costs: Sequence[float] | np.ndarray | None = None,
+    costs: Sequence[float] | NDArray[Any] | None = None,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -188,7 +193,7 @@ def evaluate_policy(
         exit_accuracy = np.bincount(exits, weights=correct, minlength=num_exits) / counts
     return PolicyResult(
         accuracy=float(correct.mean()),
-        interval=bootstrap_interval(correct, level, resamples, seed),
+        interval=_intervals(correct[None], level, resamples, seed)[0],
         cost=None if costs is None else mean_cost(counts, costs),
         shares=counts / table.num_samples,
         random_accuracy=float(counts @ table.correct.mean(1) / table.num_samples),
@@ -264,8 +269,8 @@ _BUDGET_POINT: dict[str, tuple[str, Callable[[BudgetPoint], Any]]] = {
 def budgeted_curve(
     table_val: ExitTable,
     table_test: ExitTable,
-    costs: Sequence[float] | np.ndarray,
-    budgets: Sequence[float] | np.ndarray | int,
+    costs: Sequence[float] | NDArray[Any],
+    budgets: Sequence[float] | NDArray[Any] | int,
     method: str = "lagrangian",
     level: float = 0.95,
     resamples: int = 1000,

@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock: what killed runs left is then not cleaned up
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module that is not there
 
 __all__ = ["atomic_folder", "atomic_path", "atomic_write", "check_target", "lock", "recover_folder"]
 
@@ -32,7 +32,7 @@ _TEMPORARY = re.compile(r"[0-9a-z_]{8}\.tmp")
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` and rename it over ``path`` when the block ends without an error.
 
     A run that is killed leaves ``path`` as it was, and a hidden temporary file that the next one removes. A link is
@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """``atomic_write`` for what writes by name: the path of a temporary file that takes the place of ``path``."""
     path = Path(path).resolve()  # a link stays a link
     if path.is_dir():
@@ -62,7 +62,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
-def check_target(path: str | os.PathLike, room: int = 0) -> None:
+def check_target(path: str | os.PathLike[str], room: int = 0) -> None:
     """Before long work: OSError unless a file can be written at ``path``, with ``room`` bytes free for it."""
     path = Path(path).resolve()
     if path.is_dir():
@@ -153,7 +153,7 @@ def _remove_left_over(path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike, without: Iterable[str | os.PathLike] = ()) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], without: Iterable[str | os.PathLike[str]] = ()) -> Iterator[Path]:
     """A new, empty folder to write into, which becomes ``path`` when the block ends without an error.
 
     Until then ``path`` is as it was, whatever happens, and from then on it holds what the block wrote and, beside it,
@@ -216,7 +216,7 @@ def _umask() -> int:
 
 def _files(folder: Path) -> set[Path]:
     """Paths of all files and links below ``folder``, relative to it."""
-    found = set()
+    found: set[Path] = set()
     for root, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         found.update(Path(root, name).relative_to(folder) for name in (*names, *links))
@@ -320,7 +320,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def recover_folder(path: str | os.PathLike) -> None:
+def recover_folder(path: str | os.PathLike[str]) -> None:
     """Put the old folder back that a run killed between two renames left under a hidden name; before reading one."""
     path = Path(path).resolve()
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.old"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .files import lock
 from .reading import UnreadableFile, reading, strict_json
@@ -28,12 +29,12 @@ _WHAT, _REMEDY = "part file of collect_exits", "delete it to start afresh, or na
 class Record(NamedTuple):
     """What the K exits said of one batch of B samples."""
 
-    confidence: np.ndarray  # (K, B) float32
-    prediction: np.ndarray  # (K, B) int64
-    target: np.ndarray  # (B,) int64
-    sample: np.ndarray  # (B,) uint64, digests of the inputs
-    shape: np.ndarray  # of one sample: (channels, height, width), or (frames, channels, height, width) of a clip
-    logits: np.ndarray | None = None  # (K, B, C) float32
+    confidence: NDArray[Any]  # (K, B) float32
+    prediction: NDArray[Any]  # (K, B) int64
+    target: NDArray[Any]  # (B,) int64
+    sample: NDArray[Any]  # (B,) uint64, digests of the inputs
+    shape: NDArray[Any]  # of one sample: (channels, height, width), or (frames, channels, height, width) of a clip
+    logits: NDArray[Any] | None = None  # (K, B, C) float32
 
     def pack(self) -> bytes:
         buffer = io.BytesIO()
@@ -54,7 +55,9 @@ class Record(NamedTuple):
         count = len(record.target) if record.target.ndim else -1
         found = [(array.dtype, array.shape) for array in record[:4]]
         both = (num_exits, count)
-        expected = [(np.float32, both), (np.int64, both), (np.int64, (count,)), (np.uint64, (count,))]
+        shapes = (both, both, (count,), (count,))
+        kinds = (np.float32, np.int64, np.int64, np.uint64)
+        expected = [(np.dtype(kind), shape) for kind, shape in zip(kinds, shapes, strict=True)]
         logits = record.logits
         if (
             found != expected
@@ -175,7 +178,7 @@ class PartFile:
         """ValueError naming what differs unless the stored batch ``index`` is of these very samples."""
         stored = self.records[index]
         if not np.array_equal(stored.shape, record.shape):
-            differs = f"its images are {_size(stored.shape)} and this run's {_size(record.shape)}"
+            differs = f"its images are {_size(stored.shape.tolist())} and this run's {_size(record.shape.tolist())}"
         elif len(stored.target) != len(record.target):
             differs = f"its batch {index + 1} holds {len(stored.target)} samples and this run's {len(record.target)}"
         elif not np.array_equal(stored.sample, record.sample):

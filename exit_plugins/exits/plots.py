@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .files import atomic_write
 from .policy import ExitPolicy
@@ -73,7 +74,7 @@ def si_unit(largest: float) -> tuple[float, str]:
     return 1.0, ""
 
 
-def save(figure: "Figure", path: str | os.PathLike, dpi: int = 150) -> None:
+def save(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) -> None:
     """Write the picture, whole or not at all; the format is the ending's (png, svg, pdf)."""
     ending = os.path.splitext(os.fspath(path))[1].lstrip(".").lower()
     if not ending:
@@ -96,10 +97,11 @@ def budget_curve(
     """
     if not isinstance(curves, Mapping):
         curves = {"budgeted": curves}
-    if not any(len(points) for points in curves.values()) and not anytime:
+    alone = [(p.cost, 100 * p.accuracy) for p in anytime or [] if p.cost is not None]
+    if not any(len(points) for points in curves.values()) and not alone:
         raise ValueError("there is no point to draw.")
     figure, axes = _figure(6.4, 4.2)
-    costs = [p.cost for points in curves.values() for p in points] + [p.cost for p in anytime or []]
+    costs = [p.cost for points in curves.values() for p in points] + [cost for cost, _ in alone]
     divisor, prefix = si_unit(max(costs))
     for i, (name, points) in enumerate(curves.items()):
         points = sorted(points, key=lambda p: p.cost)
@@ -108,8 +110,8 @@ def budget_curve(
         axes.plot(x, [100 * p.accuracy for p in points], color=colour, marker=marker, markersize=4.5, label=name)
         low, high = zip(*(p.interval for p in points), strict=True)
         axes.fill_between(x, 100 * np.array(low), 100 * np.array(high), color=colour, alpha=0.15, linewidth=0)
-    if anytime:
-        x, y = [p.cost / divisor for p in anytime], [100 * p.accuracy for p in anytime]
+    if alone:
+        x, y = [cost / divisor for cost, _ in alone], [accuracy for _, accuracy in alone]
         axes.plot(x, y, linestyle=":", color="0.35", marker="*", markersize=11, label="one exit for all")
         for k, point in enumerate(zip(x, y, strict=True)):
             axes.annotate(f"exit {k + 1}", point, xytext=(4, -12), textcoords="offset points", fontsize=8, color="0.35")
@@ -130,11 +132,13 @@ def exit_shares(points: Sequence["BudgetPoint"], unit: str = "MACs") -> "Figure"
     return figure
 
 
-def _stack(axes: "Axes", shares: np.ndarray, labels: Sequence[str], horizontal: bool = False) -> None:
+def _stack(axes: "Axes", shares: NDArray[Any], labels: Sequence[str], horizontal: bool = False) -> None:
     rows, num_exits = shares.shape
     base = np.zeros(rows)
     for k, colour in enumerate(_exit_colours(num_exits)):
-        options = dict(color=colour, edgecolor="white", linewidth=0.6, hatch=_HATCHES[k % len(_HATCHES)])
+        options: dict[str, Any] = dict(
+            color=colour, edgecolor="white", linewidth=0.6, hatch=_HATCHES[k % len(_HATCHES)]
+        )
         options["label"] = f"exit {k + 1}"
         if horizontal:
             axes.barh(range(rows), 100 * shares[:, k], left=base, height=0.8, **options)
@@ -208,7 +212,7 @@ def reliability(calibrations: Sequence["Calibration"]) -> "Figure":
     return figure
 
 
-def cka_heatmap(matrix: np.ndarray, names: Sequence[str] | None = None) -> "Figure":
+def cka_heatmap(matrix: NDArray[Any], names: Sequence[str] | None = None) -> "Figure":
     """Similarity of exits, and of exits and labels (Dyn-Adapter, Fig. 4), from ``similarity.cka_matrix``."""
     matrix = np.asarray(matrix)
     size = len(matrix)
@@ -249,7 +253,7 @@ def cka_with_labels(rows: Mapping[str, Sequence[float]]) -> "Figure":
     return figure
 
 
-def sample_indices(table: ExitTable, policy: ExitPolicy, count: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def sample_indices(table: ExitTable, policy: ExitPolicy, count: int = 8) -> tuple[NDArray[Any], NDArray[Any]]:
     """Easiest and hardest samples, (<= count,) indices each, as in Dyn-Perceiver's Fig. 12.
 
     Easiest: rightly answered at the first exit anybody left at, surest first. Hardest: rightly answered at the last
@@ -260,9 +264,10 @@ def sample_indices(table: ExitTable, policy: ExitPolicy, count: int = 8) -> tupl
     correct = table.correct[exits, np.arange(table.num_samples)]
     sure = np.nan_to_num(table.confidence, nan=0.0)
 
-    def pick(exit_index: int, score: np.ndarray) -> np.ndarray:
+    def pick(exit_index: int, score: NDArray[Any]) -> NDArray[Any]:
         members = np.flatnonzero(exits == exit_index)
-        return members[np.lexsort((-score[members], ~correct[members]))][:count]
+        surest: NDArray[Any] = members[np.lexsort((-score[members], ~correct[members]))][:count]
+        return surest
 
     first, last = int(exits.min()), int(exits.max())
     # When all leave at one exit, the least sure of them are the hard ones.
@@ -292,7 +297,7 @@ def easiest_and_hardest(
     easy, hard = sample_indices(table, policy, count)
     columns = max(len(easy), len(hard))
     figure, grid = _figure(1.25 * max(columns, 3), 3.9, 2, columns, squeeze=False)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.95), hspace=0.12)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.95), hspace=0.12)
     for row, (word, indices) in enumerate((("easiest", easy), ("hardest", hard))):
         for axes in grid[row]:
             axes.set_axis_off()
@@ -318,7 +323,7 @@ def easiest_and_hardest(
     return figure
 
 
-def _pixels(image: Any) -> np.ndarray:
+def _pixels(image: Any) -> NDArray[Any]:
     if isinstance(image, (tuple, list)):
         image = image[0]
     pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .confidence import check_measure, check_temperatures
+from .costs import check_costs
 from .digests import SampleRecord, describe_checked, describe_model, weights_digest
 from .files import atomic_write
 from .protocol import AnyModel, MultiExitModule, check_multi_exit
 from .reading import reading, strict_json
-from .schema import CERTIFICATE, MODEL, SOURCE, check_fields, numbers, plain
+from .schema import CERTIFICATE, MODEL, SOURCE, Numbers, check_fields, numbers, plain
 
 if TYPE_CHECKING:
     from .table import ExitTable
@@ -70,14 +72,28 @@ class ExitPolicy:
     the strings "inf" and "-inf". docs/policy.md describes every field.
     """
 
-    thresholds: np.ndarray
+    thresholds: NDArray[Any]
     measure: str = "max_softmax"
-    temperatures: np.ndarray | None = None
-    costs: np.ndarray | None = None
+    temperatures: NDArray[Any] = None  # type: ignore[assignment]  # ones, once it is made
+    costs: NDArray[Any] | None = None
     model: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] | None = None
     max_exit: int | None = None
+
+    if TYPE_CHECKING:  # what it is made of is wider than what it holds
+
+        def __init__(
+            self,
+            thresholds: Numbers,
+            measure: str = "max_softmax",
+            temperatures: Numbers | None = None,
+            costs: Numbers | None = None,
+            model: Mapping[str, Any] | None = None,
+            source: Mapping[str, Any] = ...,
+            certificate: Mapping[str, Any] | None = None,
+            max_exit: int | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -99,10 +115,7 @@ class ExitPolicy:
         temperatures = None if self.temperatures is None else numbers(self.temperatures, "temperatures").tolist()
         set_(self, "temperatures", np.array(check_temperatures(temperatures, self.num_exits)))
         if self.costs is not None:
-            costs = numbers(self.costs, "costs", self.num_exits)
-            if not np.isfinite(costs).all() or (costs <= 0).any() or (np.diff(costs) < 0).any():
-                raise ValueError(f"costs are cumulative, positive and never falling; got {costs.tolist()}.")
-            set_(self, "costs", costs)
+            set_(self, "costs", check_costs(numbers(self.costs, "costs", self.num_exits), self.num_exits))
         for array in (self.thresholds, self.temperatures, self.costs):
             if array is not None:
                 array.setflags(write=False)
@@ -132,7 +145,7 @@ class ExitPolicy:
         """Index of the exit where whoever is still there leaves: ``max_exit``, or the model's last."""
         return self.num_exits - 1 if self.max_exit is None else self.max_exit
 
-    def choose(self, confidence: np.ndarray) -> np.ndarray:
+    def choose(self, confidence: NDArray[Any]) -> NDArray[Any]:
         """Exit index (N,) each sample leaves at, from confidences (K, N).
 
         NaN never leaves early, and nobody, a confidence of +inf included, leaves at a closed exit.
@@ -142,7 +155,8 @@ class ExitPolicy:
             raise ValueError(f"a policy of {self.num_exits} exits cannot read confidences of shape {confidence.shape}.")
         leaves = (confidence >= self.thresholds[:, None]) & (self.thresholds < np.inf)[:, None]
         leaves[self.last_exit] = True
-        return leaves.argmax(0)
+        exits: NDArray[Any] = leaves.argmax(0)
+        return exits
 
     def check_model(self, model: AnyModel) -> MultiExitModule:
         """``model``, on which the policy can run: it has as many exits and, where recorded, is the same model.
@@ -175,7 +189,7 @@ class ExitPolicy:
             return None
         return min(len(table.sample), sum(record.overlap(table.sample) for record in known))
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file, whole or not at all."""
         checked = replace(self)  # the blocks may have been changed since
         document = {
@@ -196,7 +210,7 @@ class ExitPolicy:
             file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "ExitPolicy":
+    def load(cls, path: str | os.PathLike[str]) -> "ExitPolicy":
         """Read a policy; FileNotFoundError, or ValueError in one line for a file that is not a whole policy."""
         missing = f"solve one with solve_thresholds(...).save({str(path)!r})"
         with reading(path, "policy", "write it again", missing):

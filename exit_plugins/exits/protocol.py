@@ -100,6 +100,7 @@ class MultiExit:
 
     num_exits: int
     exit_loss = ""
+    training: bool  # of the nn.Module that this is mixed into
     sample_ndim: int = 3  # dimensions of one sample: an image's (C, H, W), unless the model says otherwise
 
     def begin_exits(self, x: Tensor) -> State:

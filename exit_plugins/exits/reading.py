@@ -16,7 +16,7 @@ class UnreadableFile(ValueError):
 
 
 @contextmanager
-def reading(path: str | os.PathLike, what: str, remedy: str, missing: str | None = None) -> Iterator[None]:
+def reading(path: str | os.PathLike[str], what: str, remedy: str, missing: str | None = None) -> Iterator[None]:
     """Around everything that reads the user's file ``path``: whatever goes wrong becomes one line.
 
     Args:

@@ -14,8 +14,10 @@ All assume that calibration samples and later samples are exchangeable: under dr
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .digests import SampleRecord
 from .policy import ExitPolicy, check_same_confidence
@@ -24,19 +26,21 @@ from .table import ExitTable
 __all__ = ["LOSSES", "RISK_METHODS", "certified_step", "certify", "path_losses", "samples_needed", "wsr_bound"]
 
 
-def _disagreement(table: ExitTable, exits: np.ndarray) -> np.ndarray:
-    return (table.prediction[exits, np.arange(table.num_samples)] != table.prediction[-1]).astype(np.float64)
+def _disagreement(table: ExitTable, exits: NDArray[Any]) -> NDArray[Any]:
+    differs: NDArray[Any] = table.prediction[exits, np.arange(table.num_samples)] != table.prediction[-1]
+    return differs.astype(np.float64)
 
 
-def _gap(table: ExitTable, exits: np.ndarray) -> np.ndarray:
-    return table.correct[-1].astype(np.float64) - table.correct[exits, np.arange(table.num_samples)]
+def _gap(table: ExitTable, exits: NDArray[Any]) -> NDArray[Any]:
+    lost: NDArray[Any] = table.correct[-1].astype(np.float64) - table.correct[exits, np.arange(table.num_samples)]
+    return lost
 
 
 # Name -> (loss per sample, its least and its greatest value).
 LOSSES = {"disagreement": (_disagreement, 0.0, 1.0), "gap": (_gap, -1.0, 1.0)}
 
 
-def path_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str = "disagreement") -> np.ndarray:
+def path_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str = "disagreement") -> NDArray[Any]:
     """Loss (S, N) of each sample under each policy of the path.
 
     ``disagreement``: 1 where the answer is not the last exit's (needs no labels). ``gap``: the last exit's correctness
@@ -56,7 +60,7 @@ def path_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str = "disag
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _log_wealth(losses: np.ndarray, risk: float, delta: float) -> np.ndarray:
+def _log_wealth(losses: NDArray[Any], risk: float, delta: float) -> NDArray[Any]:
     """Log of the highest wealth (S,) of a gambler who bets that the mean of ``losses`` (S, N) in [0, 1] is below risk.
 
     A wealth above 1/delta happens with probability at most delta when the mean is ``risk`` or more (Ville), so the
@@ -71,10 +75,11 @@ def _log_wealth(losses: np.ndarray, risk: float, delta: float) -> np.ndarray:
     with np.errstate(divide="ignore"):
         # The factor is never below zero: losses, bets and the risk lie in [0, 1].
         growth = np.log(np.maximum(1 - bet * (losses - risk), 0.0))
-    return np.cumsum(growth, -1).max(-1)
+    highest: NDArray[Any] = np.cumsum(growth, -1).max(-1)
+    return highest
 
 
-def wsr_bound(losses: np.ndarray, delta: float = 0.1) -> float:
+def wsr_bound(losses: NDArray[Any], delta: float = 0.1) -> float:
     """Upper confidence bound, at level 1 - delta, of the mean of i.i.d. losses (N,) in [0, 1], taken in their order."""
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 1 or losses.size == 0 or losses.min() < 0 or losses.max() > 1:
@@ -89,32 +94,34 @@ def wsr_bound(losses: np.ndarray, delta: float = 0.1) -> float:
     return high
 
 
-def _safe_crc(losses: np.ndarray, low: float, high: float, epsilon: float, delta: float) -> np.ndarray:
+def _safe_crc(losses: NDArray[Any], low: float, high: float, epsilon: float, delta: float) -> NDArray[Any]:
     # Per sample the worst loss from here to the full end: monotone along the path, as the theorem asks.
     worst = np.maximum.accumulate(losses[::-1], 0)[::-1]
     n = losses.shape[1]
-    return worst.mean(1) <= ((n + 1) * epsilon - high) / n
+    safe: NDArray[Any] = worst.mean(1) <= ((n + 1) * epsilon - high) / n
+    return safe
 
 
-def _safe_ucb(losses: np.ndarray, low: float, high: float, epsilon: float, delta: float) -> np.ndarray:
+def _safe_ucb(losses: NDArray[Any], low: float, high: float, epsilon: float, delta: float) -> NDArray[Any]:
     # The bound is below epsilon exactly where the bet against epsilon succeeded.
-    return _log_wealth((losses - low) / (high - low), (epsilon - low) / (high - low), delta) > np.log(1 / delta)
+    wealth = _log_wealth((losses - low) / (high - low), (epsilon - low) / (high - low), delta)
+    return np.asarray(wealth > np.log(1 / delta))
 
 
-def _safe_ltt(losses: np.ndarray, low: float, high: float, epsilon: float, delta: float) -> np.ndarray:
+def _safe_ltt(losses: NDArray[Any], low: float, high: float, epsilon: float, delta: float) -> NDArray[Any]:
     if (low, high) != (0.0, 1.0):
         # A signed loss is no count: the p-value is the betting one, which adapts to its small variance.
         return _safe_ucb(losses, low, high, epsilon, delta)
     from scipy.stats import binom
 
-    return binom.cdf(losses.sum(1), losses.shape[1], epsilon) <= delta
+    return np.asarray(binom.cdf(losses.sum(1), losses.shape[1], epsilon) <= delta)
 
 
 RISK_METHODS = {"crc": _safe_crc, "ucb": _safe_ucb, "ltt": _safe_ltt}
 
 
 def certified_step(
-    losses: np.ndarray,
+    losses: NDArray[Any],
     epsilon: float,
     delta: float = 0.1,
     method: str = "ucb",

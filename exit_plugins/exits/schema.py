@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MODEL",
     "SOURCE",
     "Fields",
+    "Numbers",
     "a_list_of",
     "check_fields",
     "is_count",
@@ -23,6 +25,8 @@ __all__ = [
     "numbers",
     "plain",
 ]
+
+Numbers: TypeAlias = "Sequence[float] | NDArray[Any] | Tensor"  # one an exit
 
 Fields = Mapping[str, tuple[str, Callable[[Any], bool]]]  # name -> (what it must be, in words; whether a value is it)
 
@@ -53,7 +57,7 @@ def plain(value: Any, what: str, depth: int = 0) -> Any:
     raise TypeError(f"{what} is a {type(value).__name__}, which JSON cannot hold.")
 
 
-def numbers(values: Any, what: str, num: int | None = None) -> np.ndarray:
+def numbers(values: Any, what: str, num: int | None = None) -> NDArray[Any]:
     """``values`` as float64 (K,); ValueError unless they are one or more real numbers (``num`` of them, if given).
 
     Strings and booleans are no numbers here, though numpy would take them.

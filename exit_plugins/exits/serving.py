@@ -34,12 +34,12 @@ class _Answer(NamedTuple):
     """What an exit said of a batch; ``row`` is one sample's."""
 
     logits: Tensor
-    index: int
+    exit_index: int
     sure: Tensor
     row: int
 
     def output(self) -> ExitOutput:
-        return ExitOutput(self.logits[self.row], torch.tensor(self.index), self.sure[self.row])
+        return ExitOutput(self.logits[self.row], torch.tensor(self.exit_index), self.sure[self.row])
 
 
 class _Request:
@@ -109,7 +109,9 @@ class RequestQueue:
         self._thread = threading.Thread(target=self._work, name="exit_plugins.RequestQueue", daemon=True)
         self._thread.start()
 
-    def submit(self, sample: Tensor, *, deadline: float | None = None, timeout: float | None = 0.0) -> "Future":
+    def submit(
+        self, sample: Tensor, *, deadline: float | None = None, timeout: float | None = 0.0
+    ) -> "Future[ExitOutput]":
         """Queue one sample and return the Future of its answer.
 
         Args:
@@ -202,7 +204,7 @@ class RequestQueue:
                 chunks = [] if index is None else self._take(index)
             for request in gone:
                 self._answer(request)
-            if chunks:
+            if index is not None and chunks:
                 requests = [request for chunk in chunks for request in chunk.requests]
                 with torch.inference_mode():
                     self._run(index, requests, _joined([chunk.state for chunk in chunks]))
@@ -238,7 +240,8 @@ class RequestQueue:
 
     def _take(self, index: int) -> list[_Chunk]:
         """The first waiting chunks that can run together: up to ``batch_size`` samples of one shape and policy."""
-        queue, room, taken = self._waiting[index], self.batch_size, []
+        queue, room = self._waiting[index], self.batch_size
+        taken: list[_Chunk] = []
         while queue and room and (not taken or _alike(taken[0], queue[0])):
             chunk = queue.popleft()
             rows = range(len(chunk.requests))
@@ -289,16 +292,17 @@ class RequestQueue:
 
     def _answer(self, request: _Request) -> None:
         """The request leaves with the answer it has, or as cancelled."""
-        answer, cancelled = request.answer, request.future.cancelled()
+        # Only who was cancelled may have none: the first exit is always run.
+        answer = None if request.future.cancelled() else request.answer
         with self._changed:
             self._inside -= 1
-            if not cancelled:
+            if answer is not None:
                 self._answered += 1
-                self._overdue += answer.index < request.plan.last and not (
-                    float(answer.sure[answer.row]) >= request.plan.exits[answer.index][0]
+                self._overdue += answer.exit_index < request.plan.last and not (
+                    float(answer.sure[answer.row]) >= request.plan.exits[answer.exit_index][0]
                 )
             self._changed.notify_all()
-        if cancelled:
+        if answer is None:
             request.future.set_running_or_notify_cancel()
         else:
             with suppress(InvalidStateError):  # cancelled this very moment

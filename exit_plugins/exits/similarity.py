@@ -1,14 +1,16 @@
 """How alike the representations of exits, and of labels, are."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["cka", "cka_matrix"]
 
 
-def cka(x: np.ndarray | Tensor, y: np.ndarray | Tensor) -> float:
+def cka(x: NDArray[Any] | Tensor, y: NDArray[Any] | Tensor) -> float:
     """Linear centred kernel alignment of two representations of the same samples (Kornblith et al. 2019, eq. 5).
 
     Args:
@@ -33,7 +35,7 @@ def cka(x: np.ndarray | Tensor, y: np.ndarray | Tensor) -> float:
     return float(cross / np.sqrt(own_x * own_y))
 
 
-def cka_matrix(features: Sequence[np.ndarray | Tensor], target: np.ndarray | Tensor | None = None) -> np.ndarray:
+def cka_matrix(features: Sequence[NDArray[Any] | Tensor], target: NDArray[Any] | Tensor | None = None) -> NDArray[Any]:
     """`cka` (R, R) of every pair of representations; with ``target`` (N,) the labels are the last row and column."""
     views = [*features] if target is None else [*features, target]
     matrix = np.ones((len(views), len(views)))
@@ -43,12 +45,12 @@ def cka_matrix(features: Sequence[np.ndarray | Tensor], target: np.ndarray | Ten
     return matrix
 
 
-def _features(values: np.ndarray | Tensor) -> np.ndarray:
+def _features(values: NDArray[Any] | Tensor) -> NDArray[Any]:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = (values.double() if values.is_floating_point() else values).numpy()
-    values = np.asarray(values)
-    if values.ndim == 1 and values.dtype.kind in "iub":
-        values = (values[:, None] == np.unique(values)).astype(np.float64)
-    values = values.reshape(len(values), -1).astype(np.float64)
-    return values - values.mean(0) if len(values) else values
+    array: NDArray[Any] = np.asarray(values)
+    if array.ndim == 1 and array.dtype.kind in "iub":
+        array = array[:, None] == np.unique(array)
+    array = array.reshape(len(array), -1).astype(np.float64)
+    return array - array.mean(0) if len(array) else array

@@ -6,10 +6,11 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .confidence import check_measure, check_temperatures, confidence, running_ensemble
@@ -27,7 +28,7 @@ _ARRAYS = {"confidence": np.float32, "prediction": np.int64, "target": np.int64,
 _TEXTS = ("format", "measure", "temperatures", "about", "sha256")  # the other members of the file
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: Any) -> NDArray[Any]:
     """``value`` in the type of the field ``name``; ValueError where that would change it."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().float().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
@@ -39,7 +40,8 @@ def _array(name: str, value: Any) -> np.ndarray:
             return np.ascontiguousarray(value, dtype=dtype)
     if value.dtype.kind == "f" and not (np.isfinite(value) & (value == np.floor(value))).all():
         raise ValueError(f"{name} must be whole numbers (class indices), got fractions, NaN or infinite ones.")
-    if value.size and (int(value.min()) < np.iinfo(dtype).min or int(value.max()) > np.iinfo(dtype).max):
+    limits = np.iinfo(dtype.name)
+    if value.size and (int(value.min()) < limits.min or int(value.max()) > limits.max):
         raise ValueError(f"{name} must fit {dtype}, got {value.min()} to {value.max()}.")
     return np.ascontiguousarray(value, dtype=dtype)
 
@@ -65,14 +67,28 @@ class ExitTable:
     an unknown measure, temperatures that make no sense, or classes that are no whole numbers.
     """
 
-    confidence: np.ndarray
-    prediction: np.ndarray
-    target: np.ndarray
-    logits: np.ndarray | None = None
+    confidence: NDArray[Any]
+    prediction: NDArray[Any]
+    target: NDArray[Any]
+    logits: NDArray[Any] | None = None
     measure: str = "max_softmax"
     temperatures: tuple[float, ...] = field(default=())
-    sample: np.ndarray | None = None
+    sample: NDArray[Any] | None = None
     about: dict[str, Any] | None = None
+
+    if TYPE_CHECKING:  # what it is made of is wider than what it holds
+
+        def __init__(
+            self,
+            confidence: ArrayLike | Tensor,
+            prediction: ArrayLike | Tensor,
+            target: ArrayLike | Tensor,
+            logits: NDArray[Any] | Tensor | None = None,
+            measure: str = "max_softmax",
+            temperatures: Iterable[float] = (),
+            sample: ArrayLike | Tensor | None = None,
+            about: dict[str, Any] | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -112,9 +128,10 @@ class ExitTable:
         return self.confidence.shape[1]
 
     @property
-    def correct(self) -> np.ndarray:
+    def correct(self) -> NDArray[Any]:
         """(K, N) bool."""
-        return self.prediction == self.target
+        right: NDArray[Any] = self.prediction == self.target
+        return right
 
     def __len__(self) -> int:
         return self.num_samples
@@ -127,7 +144,7 @@ class ExitTable:
                 hasher.update(array.tobytes())
         return hasher.hexdigest()
 
-    def subset(self, index: np.ndarray) -> "ExitTable":
+    def subset(self, index: NDArray[Any]) -> "ExitTable":
         """The table of the samples in ``index`` (integers or a boolean mask over N)."""
         return replace(
             self,
@@ -149,8 +166,8 @@ class ExitTable:
     @classmethod
     def from_logits(
         cls,
-        logits: np.ndarray | Tensor | Iterable[Tensor],
-        target: np.ndarray | Tensor,
+        logits: NDArray[Any] | Tensor | Iterable[Tensor],
+        target: NDArray[Any] | Tensor,
         measure: str = "max_softmax",
         temperatures: Iterable[float] | None = None,
         keep_logits: bool = True,
@@ -177,14 +194,14 @@ class ExitTable:
         table = ExitTable.from_logits(self.logits, self.target, measure or self.measure, temperatures)
         return replace(table, sample=self.sample, about=self.about)
 
-    def running_ensemble(self, costs: Sequence[float] | np.ndarray) -> "ExitTable":
+    def running_ensemble(self, costs: Sequence[float] | NDArray[Any]) -> "ExitTable":
         """The table of ``exits.confidence.running_ensemble`` over the exits, for anytime use; needs ``logits``."""
         if self.logits is None:
             raise ValueError("this table holds no logits; collect it with keep_logits=True.")
-        mixed = running_ensemble(self.logits, costs, self.temperatures)
+        mixed = running_ensemble(torch.as_tensor(self.logits), torch.as_tensor(costs), self.temperatures)
         return replace(ExitTable.from_logits(mixed, self.target, self.measure), sample=self.sample, about=self.about)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a compressed ``.npz``, whole or not at all."""
         members = {
             "format": np.array(_FORMAT),
@@ -195,10 +212,10 @@ class ExitTable:
         members |= {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         members["sha256"] = np.array(_members_digest(members))
         with atomic_write(path, "wb") as file:
-            np.savez_compressed(file, **members)
+            np.savez_compressed(file, allow_pickle=False, **members)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "ExitTable":
+    def load(cls, path: str | os.PathLike[str]) -> "ExitTable":
         """Read what ``save`` wrote; ValueError in one line if the file is something else, foreign or damaged."""
         with reading(path, "exit table", "collect it again", "write one with ExitTable.save"):
             if not zipfile.is_zipfile(path):
@@ -234,7 +251,7 @@ def check_not_empty(table: ExitTable) -> None:
         raise ValueError("the table holds no samples; there is nothing to evaluate.")
 
 
-def _members_digest(members: Mapping[str, np.ndarray]) -> str:
+def _members_digest(members: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 over every member of a file with its name, so that none can be lost or changed unnoticed."""
     hasher = hashlib.sha256()
     for name, array in sorted(members.items()):
@@ -252,12 +269,12 @@ _ABOUT: Fields = {
 def _check_about(about: Any, num_exits: int) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise ValueError(f"about is a mapping of plain values, got {type(about).__name__}.")
-    about = plain(about, "about")
-    described = about.get("model") or {}
+    known: dict[str, Any] = plain(about, "about")
+    described = known.get("model") or {}
     if not isinstance(described, dict):
         raise ValueError(f"about['model'] is what describe_model says, got {type(described).__name__}.")
     check_fields(described, "about['model']", MODEL)
-    check_fields(about, "about", _ABOUT)
+    check_fields(known, "about", _ABOUT)
     if described.get("num_exits", num_exits) != num_exits:
         raise ValueError(f"a table of {num_exits} exits is not of a model with {described['num_exits']}.")
-    return about
+    return known

@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..adaptive import AdaptiveModel, ExitOutput
@@ -33,7 +35,7 @@ class ExportedSegments(MultiExit, nn.Module):
     FileNotFoundError or ValueError for a folder that is missing or damaged; ImportError without the runtime.
     """
 
-    def __init__(self, folder: str | os.PathLike, threads: int | None = None, bfloat16: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], threads: int | None = None, bfloat16: bool = False) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -89,7 +91,7 @@ class ExportedAdaptiveModel(AdaptiveModel):
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         policy: ExitPolicy | None = None,
         threads: int | None = None,
         bfloat16: bool = False,
@@ -113,11 +115,11 @@ class GraphRunner:
     ``thresholds`` (exits,) replaces those in the file for one call. ``threads`` as of ``ExportedSegments``.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
         with reading(path, "exported graph", "export it again", "write one with export_graph"):
             self.session = inference_session(Path(path), threads)
 
-    def __call__(self, images: Tensor, thresholds: Sequence[float] | None = None) -> ExitOutput:
+    def __call__(self, images: Tensor, thresholds: Sequence[float] | NDArray[Any] | None = None) -> ExitOutput:
         feed = {"images": images.detach().cpu().float().contiguous().numpy()}
         if thresholds is not None:
             feed["thresholds"] = np.asarray(thresholds, dtype=np.float32)

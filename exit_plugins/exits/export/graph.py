@@ -121,7 +121,7 @@ def adaptive_graph(segments: list[Any], policy: ExitPolicy) -> Any:
 
 
 def _confidence_nodes(
-    helper: Any, constant: Callable, p: str, logits: str, measure: str, temperature: float
+    helper: Any, constant: Callable[..., Any], p: str, logits: str, measure: str, temperature: float
 ) -> tuple[list[Any], list[Any]]:
     """``exits.confidence`` in ONNX: from ``logits`` to the value ``p + "confidence"``; NaN logits give NaN."""
     node = helper.make_node

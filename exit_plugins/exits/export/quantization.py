@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..confidence import confidence
@@ -22,7 +22,10 @@ __all__ = ["quantize_segments"]
 
 
 def quantize_segments(
-    folder: str | os.PathLike, destination: str | os.PathLike, batches: Iterable[Tensor], weights_only: bool = False
+    folder: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    batches: Iterable[Tensor],
+    weights_only: bool = False,
 ) -> dict[str, Any]:
     """Write an int8 version of an ONNX export, with ONNX Runtime's static quantisation of every segment.
 
@@ -83,11 +86,11 @@ def _Calibration(quantization: ModuleType, exported: ExportedSegments, index: in
     """A reader of ONNX Runtime's kind over the states that reach segment ``index``."""
     names = exported._sessions[index].inputs
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]  # the runtime is optional
         def __init__(self) -> None:
             self.rewind()
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
             state = next(self.left, None)
             return state and {n: leaf.contiguous().numpy() for n, leaf in zip(names, state, strict=True)}
 

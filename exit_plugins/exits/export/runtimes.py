@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = [
     "Session",
@@ -26,10 +26,10 @@ __all__ = [
 class Session:
     """A loaded segment: leaves in, logits and leaves out, all numpy."""
 
-    def __init__(self, inputs: list[str], run: Callable[[list[np.ndarray]], list[np.ndarray]]) -> None:
+    def __init__(self, inputs: list[str], run: Callable[[list[NDArray[Any]]], list[NDArray[Any]]]) -> None:
         self.inputs, self._run = inputs, run
 
-    def __call__(self, leaves: list[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, leaves: list[NDArray[Any]]) -> list[NDArray[Any]]:
         return self._run(leaves)
 
 
@@ -69,7 +69,7 @@ def openvino_session(path: Path, threads: int | None, bfloat16: bool) -> Session
     written = {name for value in model.outputs for name in value.names}
     names = ["logits", *(f"next_{index}" for index in range(len(written)) if f"next_{index}" in written)]
 
-    def run(leaves: list[np.ndarray]) -> list[np.ndarray]:
+    def run(leaves: list[NDArray[Any]]) -> list[NDArray[Any]]:
         compiled = for_one if len(leaves[0]) == 1 else for_batches
         given = zip(leaf_names(len(leaves)), leaves, strict=True)
         with turn:

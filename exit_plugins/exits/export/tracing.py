@@ -48,8 +48,8 @@ def onnx_segments(model: MultiExitModule, images: Tensor) -> Iterable[Any]:
     require("onnxscript")
     state: State = images[:3]
     for index in range(model.num_exits):
-        leaves, spec = pytree.tree_flatten(state)
-        leaves = tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves)
+        flat, spec = pytree.tree_flatten(state)
+        leaves = tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in flat)
         segment = _Segment(model, index, spec).eval()
         dynamic = (tuple({0: torch.export.Dim("batch")} for _ in leaves),)
         # oneDNN's choice of kernels would bind the batch to a range; the exported graph has no such kernels.

@@ -25,7 +25,7 @@ __all__ = ["export_graph", "export_segments"]
 def export_segments(
     model: AnyModel,
     policy: ExitPolicy,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     input_size: Sequence[int],
     format: str = "onnx",
 ) -> "ExportedAdaptiveModel":
@@ -64,7 +64,7 @@ def export_segments(
 
 
 def export_graph(
-    model: AnyModel, policy: ExitPolicy, path: str | os.PathLike, input_size: Sequence[int]
+    model: AnyModel, policy: ExitPolicy, path: str | os.PathLike[str], input_size: Sequence[int]
 ) -> Callable[[Tensor], ExitOutput]:
     """Write one ONNX file that runs the policy inside: nothing deeper runs for a sample that has left.
 

@@ -91,10 +91,12 @@ def _count_at_least(values: NDArray[Any], candidates: NDArray[Any], weight: NDAr
     """For every candidate, the (weighted) number of values at or above it."""
     order = np.argsort(values, kind="stable")
     place = np.searchsorted(values[order], candidates, side="left")
-    if weight is None:
-        return len(values) - place
-    below = np.concatenate([[0], np.cumsum(weight[order])])
-    return below[-1] - below[place]
+    # The sum of the weights below every place, and of all of them.
+    below: NDArray[Any] = np.arange(len(values) + 1)
+    if weight is not None:
+        below = np.concatenate([[0], np.cumsum(weight[order])])
+    count: NDArray[Any] = below[-1] - below[place]
+    return count
 
 
 def _solve_exact(split: Split, target: Target) -> list[Point]:
@@ -116,7 +118,7 @@ def _solve_exact(split: Split, target: Target) -> list[Point]:
     change = (split.correct[1].astype(np.int32) - last)[second]
     end = np.zeros(n, dtype=bool)  # a cut of the second exit may lie after this sample
     end[split.cuts[1][split.cuts[1] > 0] - 1] = True
-    best: tuple | None = None
+    best: tuple[tuple[float, float], int, int] | None = None
     rows = max(1, _BLOCK // n)
     for start in range(0, len(cuts), rows):
         cut = cuts[start : start + rows]
@@ -133,7 +135,7 @@ def _solve_exact(split: Split, target: Target) -> list[Point]:
             possible = possible & (cost <= target.budget)
             key = np.where(possible, correct, -1)
             at = np.unravel_index(key.argmax(), key.shape)
-            score = (int(key[at]), -float(extra[at])) if key[at] >= 0 else None
+            score: tuple[float, float] | None = (int(key[at]), -float(extra[at])) if key[at] >= 0 else None
         else:
             key = np.where(possible & (correct >= target.need), extra, np.inf)
             at = np.unravel_index(key.argmin(), key.shape)
@@ -234,7 +236,7 @@ def _open_shares(split: Split, p: float, subset: tuple[int, ...]) -> NDArray[Any
     shares = np.zeros(split.num_exits)
     shares[list(subset)] = p ** np.arange(1, len(subset) + 1)
     shares[-1] = p ** (len(subset) + 1)
-    return (shares / shares.sum()).astype(np.float32)
+    return np.asarray(shares / shares.sum(), dtype=np.float32)
 
 
 def _solve_genetic(

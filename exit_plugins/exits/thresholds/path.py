@@ -60,7 +60,7 @@ def _spend(split: Split, thresholds: NDArray[Any], budget: float) -> NDArray[Any
         for k, threshold in enumerate(thresholds[:-1]):
             cuts = split.cuts[k]
             goal = factor * np.count_nonzero(split.confidence[k] >= threshold)
-            cut = cuts[max(np.searchsorted(cuts, goal, side="right") - 1, 0)]
+            cut = cuts[max(int(np.searchsorted(cuts, goal, side="right")) - 1, 0)]
             found[k] = max(threshold, split.threshold(k, cut))
         return found
 

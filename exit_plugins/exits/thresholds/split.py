@@ -54,7 +54,8 @@ def cuts_of(values: NDArray[Any]) -> NDArray[Any]:
     """
     changes = np.flatnonzero(values[:-1] != values[1:]) + 1
     cuts = np.unique(np.concatenate([[0], changes, [len(values)]]))
-    return cuts[cuts <= len(values) - np.isnan(values).sum()]
+    possible: NDArray[Any] = cuts[cuts <= len(values) - np.isnan(values).sum()]
+    return possible
 
 
 class Split:
@@ -80,12 +81,11 @@ class Split:
         return Split(self.confidence[:, index], self.correct[:, index], self.costs)
 
     def leaves(self, k: int, threshold: float) -> NDArray[Any]:
-        return self.confidence[k] >= threshold
+        leaves: NDArray[Any] = self.confidence[k] >= threshold
+        return leaves
 
     def exits(self, thresholds: NDArray[Any]) -> NDArray[Any]:
-        leaves = self.confidence >= thresholds[:, None]
-        leaves[-1] = True
-        return leaves.argmax(0)
+        return self.exits_after(-1, thresholds)
 
     def point(self, thresholds: NDArray[Any]) -> Point:
         exits = self.exits(thresholds)
@@ -185,10 +185,11 @@ class Split:
         return None
 
     def exits_after(self, k: int, thresholds: NDArray[Any]) -> NDArray[Any]:
-        """Where each sample would leave if it passed exit ``k``."""
-        leaves = self.confidence[k + 1 :] >= thresholds[k + 1 :, None]
+        """Where each sample would leave if it passed exit ``k``; for -1, where it leaves."""
+        leaves: NDArray[Any] = self.confidence[k + 1 :] >= thresholds[k + 1 :, None]
         leaves[-1] = True
-        return leaves.argmax(0) + k + 1
+        exits: NDArray[Any] = leaves.argmax(0) + k + 1
+        return exits
 
 
 def exit_shares(split: Split, thresholds: NDArray[Any]) -> NDArray[Any]:
