@@ -84,7 +84,7 @@ def measure(
             engine = engines[mode, mix] = copy.copy(nobody)
             engine.policy = forced_policy(sure, shares(num_exits))
             if args.measure:
-                engine.measure(batches[0])
+                engine.time_segments(batches[0])
             runs[mode, mix] = over(batches, engine, calls[mode, mix])
     exits = {key: torch.cat([engine(b).exit_index for b in batches]).cpu() for key, engine in engines.items()}
     times = interleaved(runs, args.repeats, device=pool.device, cpu_time=args.cpu_time)

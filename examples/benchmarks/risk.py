@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from exit_plugins import ExitTable
+from exit_plugins import ExitTable, policy_path
 from exit_plugins.exits.costs import exit_counts, mean_cost
 from exit_plugins.exits.files import atomic_write
 from exit_plugins.exits.risk import LOSSES, RISK_METHODS, certified_step, path_losses
-from exit_plugins.exits.thresholds import policy_path
 
 
 def main() -> None:

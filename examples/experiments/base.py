@@ -27,11 +27,9 @@ import train_cifar  # noqa: E402
 from timing import machine  # noqa: E402
 from torch import nn  # noqa: E402
 
-from exit_plugins import ExitTable, budgeted_curve  # noqa: E402
+from exit_plugins import ExitTable, budgeted_curve, certify, policy_path  # noqa: E402
 from exit_plugins.exits import plots  # noqa: E402
 from exit_plugins.exits.files import atomic_write  # noqa: E402
-from exit_plugins.exits.risk import certify  # noqa: E402
-from exit_plugins.exits.thresholds import policy_path  # noqa: E402
 from exit_plugins.timm.data import open_splits  # noqa: E402
 from exit_plugins.timm.weights import packaged_weights  # noqa: E402
 

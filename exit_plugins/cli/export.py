@@ -17,6 +17,7 @@ import numpy as np
 
 from ..exits import export
 from ..exits.collecting import collect_exits
+from ..exits.deprecation import warn_old
 from ..exits.policy import ExitPolicy, weights_digest
 from .common import add_data_arguments, add_json_argument, make_loader, open_data, percent, print_json, print_table
 from .models import (
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--policy", required=True, metavar="FILE", help="policy file written by solve")
     parser.add_argument("--output", required=True, metavar="PATH", help="folder to write, or the file of --single-file")
-    parser.add_argument("--format", choices=export.FORMATS, default="onnx", help="(default: %(default)s)")
+    parser.add_argument("--runtime", choices=export.RUNTIMES, help="what runs the files (default: onnx)")
+    parser.add_argument("--format", choices=export.RUNTIMES, help=argparse.SUPPRESS)  # the old name of --runtime
     parser.add_argument("--single-file", action="store_true", help="one ONNX file with the early exits inside")
     parser.add_argument("--int8", metavar="FOLDER", help="also write an int8 export here (needs --data)")
     parser.add_argument(
@@ -52,10 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     policy = ExitPolicy.load(args.policy)
-    if args.single_file and (args.format != "onnx" or args.int8):
-        raise ValueError("--single-file is one float32 ONNX file; leave out --format openvino and --int8.")
-    if args.int8 and (args.format != "onnx" or not args.data):
-        raise ValueError("--int8 quantises an ONNX export on images: give --format onnx and --data.")
+    if args.format:
+        warn_old("--format", "write --runtime")
+    runtime = args.runtime or args.format or "onnx"
+    if args.single_file and (runtime != "onnx" or args.int8):
+        raise ValueError("--single-file is one float32 ONNX file; leave out --runtime openvino and --int8.")
+    if args.int8 and (runtime != "onnx" or not args.data):
+        raise ValueError("--int8 quantises an ONNX export on images: give --runtime onnx and --data.")
     known = known_model(args, policy)
     model = open_model(args, known).cpu()
     policy.check_model(model)
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.single_file:
         export.export_graph(model, policy, args.output, size)
     else:
-        export.export_segments(model, policy, args.output, size, args.format)
+        export.export_segments(model, policy, args.output, size, runtime)
     report = {"written": _written(Path(args.output)), "input_size": list(size), "verified": True}
     if args.int8:
         report["int8"] = _quantise(args, match_classes(open_data(args)[0], model, known), config)

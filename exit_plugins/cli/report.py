@@ -19,10 +19,18 @@ from scipy.special import softmax
 from scipy.stats import beta
 
 from ..exits.calibration import Calibration, calibration
-from ..exits.evaluation import AnytimePoint, BudgetPoint, PolicyResult, anytime_curve, budgeted_curve, ensemble_curve, evaluate_policy
-from ..exits.similarity import cka_matrix
+from ..exits.evaluation import (
+    AnytimePoint,
+    BudgetPoint,
+    PolicyResult,
+    anytime_curve,
+    budgeted_curve,
+    ensemble_curve,
+    evaluate_policy,
+)
 from ..exits.policy import ExitPolicy
 from ..exits.risk import path_losses
+from ..exits.similarity import cka_matrix
 from ..exits.table import ExitTable
 from ..exits.thresholds import METHODS, policy_path, solve_thresholds
 from .common import (

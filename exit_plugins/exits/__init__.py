@@ -3,24 +3,30 @@
 from .adaptive import AdaptiveModel, ExitOutput
 from .collecting import collect_exits
 from .confidence import fit_temperatures
+from .control import BudgetController, cap_policy
 from .costs import ExitCosts, exit_costs, exit_latency
 from .evaluation import anytime_curve, budgeted_curve, evaluate_policy
 from .losses import MultiExitLoss
 from .policy import ExitPolicy
-from .protocol import MultiExit
+from .protocol import MultiExit, MultiExitModule
+from .risk import certify
 from .table import ExitTable
 from .thresholds import policy_path, solve_thresholds
 
 __all__ = [
     "AdaptiveModel",
+    "BudgetController",
     "ExitCosts",
     "ExitOutput",
     "ExitPolicy",
     "ExitTable",
     "MultiExit",
     "MultiExitLoss",
+    "MultiExitModule",
     "anytime_curve",
     "budgeted_curve",
+    "cap_policy",
+    "certify",
     "collect_exits",
     "exit_costs",
     "exit_latency",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .compiled import CompiledSegments
 from .confidence import confidence
 from .costs import SegmentTimes, segment_times
+from .deprecation import warn_old
 from .policy import ExitPolicy
 from .protocol import AnyModel, MultiExitModule, sample_dimensions, select_samples
 
@@ -66,7 +67,7 @@ class AdaptiveModel(nn.Module):
     Samples whose confidence is NaN never leave early; those whose logits are NaN at the last exit are reported by a
     RuntimeWarning.
 
-    Samples that left are dropped at every exit, or, once ``measure`` has timed the segments, wherever that costs less
+    Samples that left are dropped at every exit, or, once ``time_segments`` has timed them, wherever that costs less
     than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
     """
 
@@ -113,7 +114,7 @@ class AdaptiveModel(nn.Module):
             raise RuntimeError("AdaptiveModel only runs inference; train the model inside it.")
         return super().train(False)
 
-    def measure(self, images: Tensor, repeats: int = 7) -> SegmentTimes:
+    def time_segments(self, images: Tensor, repeats: int = 7) -> SegmentTimes:
         """Time the segments on parts of ``images``, a batch as it will come, and drop samples only where that pays.
 
         Returns the times, which ``times`` keeps; setting that to None drops at every exit again.
@@ -121,6 +122,11 @@ class AdaptiveModel(nn.Module):
         with self.running(images.device):
             self.times = segment_times(self.runner, self.checked(images), repeats)
         return self.times
+
+    def measure(self, images: Tensor, repeats: int = 7) -> SegmentTimes:
+        """The old name of ``time_segments``; a policy's ``measure`` is its confidence."""
+        warn_old("AdaptiveModel.measure", "call time_segments")
+        return self.time_segments(images, repeats)
 
     @contextlib.contextmanager
     def running(self, device: torch.device) -> Iterator[None]:

@@ -14,12 +14,13 @@ def warn_old(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``module`` for ``names`` that live in other modules now, by name."""
+    """The ``__getattr__`` of ``module`` for old names, each with the module and name it has now."""
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warn_old(f"{module}.{name}", f"import it from {names[name]}")
-        return getattr(import_module(names[name]), name)
+        warn_old(f"{module}.{name}", f"import {names[name]}")
+        place, _, new = names[name].rpartition(".")
+        return getattr(import_module(place), new)
 
     return find

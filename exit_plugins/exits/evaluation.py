@@ -27,8 +27,10 @@ __all__ = [
 __getattr__ = moved(
     __name__,
     {
-        **dict.fromkeys(("Calibration", "calibration"), "exit_plugins.exits.calibration"),
-        **dict.fromkeys(("cka", "cka_matrix"), "exit_plugins.exits.similarity"),
+        "Calibration": "exit_plugins.exits.calibration.Calibration",
+        "calibration": "exit_plugins.exits.calibration.calibration",
+        "cka": "exit_plugins.exits.similarity.cka",
+        "cka_matrix": "exit_plugins.exits.similarity.cka_matrix",
     },
 )
 

@@ -1,12 +1,16 @@
 """A network without weights, for questions that only shapes answer."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .protocol import AnyModel
+
 __all__ = ["is_quantised", "meta_copy"]
+
+Model = TypeVar("Model", bound=AnyModel)
 
 
 def is_quantised(weight: Tensor) -> bool:
@@ -15,7 +19,7 @@ def is_quantised(weight: Tensor) -> bool:
     return not data.is_floating_point() or type(data) is not Tensor and type(data).__name__ != "DTensor"
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: Model) -> Model:
     """A copy of ``model`` on the meta device, without gradients; nothing is copied but the modules.
 
     Quantised linear layers, which may not run there, become plain ones of the same shape.
@@ -39,4 +43,6 @@ def meta_copy(model: nn.Module) -> nn.Module:
             empty = torch.empty_like(tensor, device="meta")
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     # Without gradients, or a view of a parameter trips the flop counter's backward hooks even under no_grad.
-    return copy.deepcopy(model, memo).requires_grad_(False)
+    shadow = copy.deepcopy(model, memo)
+    shadow.requires_grad_(False)
+    return shadow

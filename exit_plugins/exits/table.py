@@ -21,7 +21,7 @@ from .schema import MODEL, Fields, check_fields, is_text, plain
 
 __all__ = ["ExitTable", "check_not_empty"]
 
-__getattr__ = moved(__name__, {"collect_exits": "exit_plugins.exits.collecting"})
+__getattr__ = moved(__name__, {"collect_exits": "exit_plugins.exits.collecting.collect_exits"})
 
 _FORMAT, _EARLIER = "exit_plugins.table/2", "exit_plugins.table/1"
 _ARRAYS = {"confidence": np.float32, "prediction": np.int64, "target": np.int64, "logits": None, "sample": np.uint64}

@@ -133,8 +133,8 @@ class DenseLayer(ScalesLayer):
         return kept
 
 
-class ExitHead(nn.Module):
-    """One exit: convolutions on the coarsest map, pooling, dropout, linear classifier."""
+class MapExitHead(nn.Module):
+    """One exit of maps: convolutions on the coarsest, pooling, dropout, linear classifier."""
 
     def __init__(
         self, convs: nn.Module, width: int, num_classes: int, global_pool: str, drop_rate: float, **dd
@@ -234,7 +234,9 @@ class MultiScaleNet(MultiExit, nn.Module):
             channels = self._channels(layer, num_scales - 1)
             head_chs = head_width or channels
             heads.append(
-                ExitHead(self._make_head(channels, head_chs, dd), head_chs, num_classes, global_pool, drop_rate, **dd)
+                MapExitHead(
+                    self._make_head(channels, head_chs, dd), head_chs, num_classes, global_pool, drop_rate, **dd
+                )
             )
         self.heads = nn.ModuleList(heads)
         self.num_features = self.heads[-1].classifier.in_features
@@ -448,7 +450,7 @@ class MultiScaleNet(MultiExit, nn.Module):
             self.tap_positions[feature] = self.plans[layer].returns.index(scale) if kept else -1
         self.num_exits, self.exit_layers = 1, [last]
         self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        head = ExitHead(nn.Identity(), self.num_features, 0, "", self.drop_rate, **get_device_dtype(self))
+        head = MapExitHead(nn.Identity(), self.num_features, 0, "", self.drop_rate, **get_device_dtype(self))
         self.heads = nn.ModuleList([head]).train(self.training)
         self.num_classes = 0
         return take

@@ -532,8 +532,8 @@ class DynPerceiverStage(nn.Module):
             self.z2x = FusedCrossAttention(self.z2x)
 
 
-class ExitHead(nn.Module):
-    """Classifier of one exit: optionally a batch norm and a hidden layer before the linear layer."""
+class PooledExitHead(nn.Module):
+    """One exit of pooled features (B, width): optionally a batch norm and a hidden layer before the linear layer."""
 
     def __init__(
         self,
@@ -711,7 +711,7 @@ class DynPerceiver(MultiExit, nn.Module):
             deep = site.reads_map and site.step > 10
             options = dict(hidden_width=self.head_width, drop_rate=self.drop_rate) if deep else {}
             both = site.reads_map and site.reads_latents
-            heads.append(ExitHead(width, num_classes, batch_norm=both, **options, **dd))
+            heads.append(PooledExitHead(width, num_classes, batch_norm=both, **options, **dd))
         return nn.ModuleList(heads), nn.ModuleList([KnowledgeTransfer(num_classes, told, **dd) for _ in hearing])
 
     @torch.jit.ignore

@@ -43,8 +43,8 @@ def test_export_and_int8_with_the_accuracy_of_both(tmp_path, policy, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--single-file", "--format", "openvino"], "--single-file is one float32 ONNX file"),
-        (["--int8", "somewhere"], "give --format onnx and --data"),
+        (["--single-file", "--runtime", "openvino"], "--single-file is one float32 ONNX file"),
+        (["--int8", "somewhere"], "give --runtime onnx and --data"),
         (["--num-classes", "7"], "made for num_classes 10 and the model has 7"),
     ],
 )

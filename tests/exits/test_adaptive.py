@@ -227,7 +227,7 @@ def test_measured_times_are_of_every_segment_and_size():
     assert (times.segment > 0).all() and (times.gather[1:] > 0).all() and (times.gather[0] == 0).all()
     assert counted.rows == [3 * (1 + 6 + 12 + 18 + 24)] * 4
     adaptive = AdaptiveModel(model, ExitPolicy([0.5] * 4))
-    adaptive.measure(images, repeats=1)
+    adaptive.time_segments(images, repeats=1)
     assert adaptive.times.segment.shape == (4, 5)
     with pytest.raises(ValueError, match="images"):
         segment_times(model, images[:0])

@@ -79,7 +79,7 @@ def test_costs_tables_policies_and_adaptive_runs_take_clips(models):
     np.testing.assert_array_equal(out.exit_index, leaves)
     np.testing.assert_array_equal(out.logits.argmax(1), table.prediction[leaves, np.arange(24)])
     assert counted.rows == [int((leaves >= k).sum()) for k in range(model.num_exits)]
-    times = AdaptiveModel(model, policy).measure(x, repeats=1)
+    times = AdaptiveModel(model, policy).time_segments(x, repeats=1)
     assert times.segment.shape[0] == model.num_exits
 
 

@@ -79,7 +79,7 @@ def test_timing_and_evaluating_leave_compiled_segments_in_evaluation(without_cod
     model = settle(ConvExits(), images)
     adaptive = AdaptiveModel(model, ExitPolicy([float("inf")] * model.num_exits), compile=True)
     before = adaptive(images)
-    adaptive.measure(images, repeats=1)
+    adaptive.time_segments(images, repeats=1)
     collect_exits(adaptive.runner, [(images, torch.zeros(8, dtype=torch.int64))], progress=False)
     assert not any(module.training for module in (adaptive, adaptive.runner, *model.modules()))
     torch.testing.assert_close(adaptive(images).logits, before.logits)

@@ -18,8 +18,8 @@ from exit_plugins import (
     exit_costs,
     get_dyn_peft_model,
 )
-from exit_plugins.exits.similarity import cka
 from exit_plugins.exits.protocol import select_samples
+from exit_plugins.exits.similarity import cka
 from exit_plugins.peft.heads import EarlyHead
 
 

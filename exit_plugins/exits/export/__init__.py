@@ -5,13 +5,14 @@ first run beside the model itself in torch: every exit's logits, and adaptive ru
 leaves early, must agree within 1e-4. Needs the ``export`` extra.
 """
 
+from ..deprecation import moved
 from .exported import ExportedAdaptiveModel, ExportedSegments, GraphRunner
-from .manifest import FORMATS
+from .manifest import RUNTIMES
 from .quantization import quantize_segments
 from .writing import export_graph, export_segments
 
 __all__ = [
-    "FORMATS",
+    "RUNTIMES",
     "ExportedAdaptiveModel",
     "ExportedSegments",
     "GraphRunner",
@@ -19,3 +20,5 @@ __all__ = [
     "export_segments",
     "quantize_segments",
 ]
+
+__getattr__ = moved(__name__, {"FORMATS": "exit_plugins.exits.export.RUNTIMES"})

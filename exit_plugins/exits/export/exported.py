@@ -53,7 +53,7 @@ class ExportedSegments(MultiExit, nn.Module):
             **self.manifest["preprocessing"],
         }
         if bfloat16 and self.manifest["runtime"] != "openvino":
-            raise ValueError("bfloat16 is a choice of OpenVINO; export with format='openvino' for it.")
+            raise ValueError("bfloat16 is a choice of OpenVINO; export with runtime='openvino' for it.")
         load = onnx_session if self.manifest["runtime"] == "onnx" else openvino_session
         with reading(self.folder, "export", "export again"):
             self._sessions = [load(self.folder / name, threads, bfloat16) for name in self.manifest["segments"]]

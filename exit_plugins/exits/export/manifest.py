@@ -17,15 +17,15 @@ from ..protocol import MultiExitModule
 from ..reading import reading, strict_json
 from ..schema import MODEL, Fields, check_fields, is_mapping, is_sha256, is_size, is_text, plain
 
-__all__ = ["FORMATS", "MANIFEST", "POLICY", "read_manifest", "written_whole", "write_manifest"]
+__all__ = ["MANIFEST", "POLICY", "RUNTIMES", "read_manifest", "written_whole", "write_manifest"]
 
-FORMATS = ("onnx", "openvino")
+RUNTIMES = ("onnx", "openvino")  # what runs the segments; a format is that of a file
 MANIFEST, POLICY = "export.json", "policy.json"
 _FORMAT, _VERSION = "exit_plugins.export", 2
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # as timm names them
 
 _FIELDS: Fields = {
-    "runtime": (f"one of {', '.join(FORMATS)}", lambda value: value in FORMATS),
+    "runtime": (f"one of {', '.join(RUNTIMES)}", lambda value: value in RUNTIMES),
     "precision": ("a name", is_text),
     "input_size": ("(channels, height, width)", is_size),
     "model": ("a mapping", is_mapping),

@@ -30,7 +30,7 @@ def quantize_segments(
     """Write an int8 version of an ONNX export, with ONNX Runtime's static quantisation of every segment.
 
     Args:
-        folder: an export in format ``onnx``.
+        folder: an export with runtime ``onnx``.
         destination: folder for the int8 export, loaded like any other.
         batches: images (B, C, H, W), preprocessed as for the model; a hundred or more that look like what will come.
             They set the ranges of the activations.

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..adaptive import ExitOutput, inference_copy
+from ..deprecation import warn_old
 from ..files import atomic_path
 from ..policy import ExitPolicy
 from ..protocol import AnyModel, MultiExitModule
 from .exported import ExportedAdaptiveModel, ExportedSegments, GraphRunner
 from .graph import adaptive_graph
-from .manifest import FORMATS, check_replaceable, write_manifest, written_whole
+from .manifest import RUNTIMES, check_replaceable, write_manifest, written_whole
 from .runtimes import require, to_openvino
 from .tracing import onnx_segments
 from .verification import trial_images, verify_graph, verify_segments
@@ -27,7 +28,9 @@ def export_segments(
     policy: ExitPolicy,
     folder: str | os.PathLike[str],
     input_size: Sequence[int],
-    format: str = "onnx",
+    runtime: str = "onnx",
+    *,
+    format: str | None = None,
 ) -> "ExportedAdaptiveModel":
     """Write ``folder`` with one file per segment, the policy and a manifest; return it loaded and verified.
 
@@ -38,7 +41,8 @@ def export_segments(
             the two stands there complete. Other files in it stay.
         input_size: (channels, height, width) of the images, (frames, channels, height, width) of clips; the batch
             stays free.
-        format: ``onnx`` (run by ONNX Runtime) or ``openvino``.
+        runtime: what runs the segments: ``onnx`` (ONNX Runtime) or ``openvino``.
+        format: the old name of ``runtime``.
 
     Raises:
         ImportError: the runtime is not installed.
@@ -47,8 +51,11 @@ def export_segments(
         RuntimeError: the export does not give what torch gives; nothing is written then.
     """
     prepared = _prepared(model, policy)
-    if format not in FORMATS:
-        raise ValueError(f"unknown export format {format!r}; choose one of {', '.join(FORMATS)}.")
+    if format is not None:
+        warn_old("the argument format of export_segments", "write runtime=")
+        runtime = format
+    if runtime not in RUNTIMES:
+        raise ValueError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}.")
     folder = Path(folder)
     check_replaceable(folder)
     images = trial_images(prepared, input_size)
@@ -57,8 +64,8 @@ def export_segments(
         for index, onnx_model in enumerate(onnx_segments(inference_copy(prepared), images)):
             name = f"segment_{index}.onnx"
             onnx_model.save(part / name)
-            segments.append(name if format == "onnx" else to_openvino(part / name))
-        write_manifest(part, policy, segments, format, input_size, prepared)
+            segments.append(name if runtime == "onnx" else to_openvino(part / name))
+        write_manifest(part, policy, segments, runtime, input_size, prepared)
         verify_segments(prepared, ExportedSegments(part), images)
     return ExportedAdaptiveModel(folder)
 

@@ -16,4 +16,6 @@ __all__ = [
     "sweep_shares",
 ]
 
-__getattr__ = moved(__name__, dict.fromkeys(("check_costs", "exit_counts", "mean_cost"), "exit_plugins.exits.costs"))
+__getattr__ = moved(
+    __name__, {name: f"exit_plugins.exits.costs.{name}" for name in ("check_costs", "exit_counts", "mean_cost")}
+)

@@ -32,7 +32,7 @@ def all_exports(request, tmp_path_factory):
             logits = torch.stack(model.forward_exits(images))
         policy = ExitPolicy(between(confidence(logits), 10))
         export.export_segments(model, policy, folder / "onnx", size)
-        export.export_segments(model, policy, folder / "openvino", size, format="openvino")
+        export.export_segments(model, policy, folder / "openvino", size, runtime="openvino")
         graph = export.export_graph(model, policy, folder / "graph.onnx", size)
     return model, images, logits, folder, graph, policy
 

@@ -73,7 +73,7 @@ def test_what_is_not_as_it_was_exported_is_refused(folder, damage, message):
 def test_weights_beside_a_network_belong_to_its_digest(tmp_path, monkeypatch):
     model, _, segments = traced("conv")
     monkeypatch.setattr(writing, "onnx_segments", lambda *_: segments)
-    export.export_segments(model, nobody(model), tmp_path / "out", SIZE, format="openvino")
+    export.export_segments(model, nobody(model), tmp_path / "out", SIZE, runtime="openvino")
     weights = tmp_path / "out" / "segment_1.bin"
     spoiled = bytearray(weights.read_bytes())
     spoiled[len(spoiled) // 2] ^= 1
@@ -86,7 +86,7 @@ def test_replacing_an_export_removes_its_files_and_keeps_the_users(folder, monke
     model, _, segments = traced("conv")
     (folder / "notes.txt").write_text("keep me")
     monkeypatch.setattr(writing, "onnx_segments", lambda *_: segments)
-    export.export_segments(model, nobody(model), folder, SIZE, format="openvino")
+    export.export_segments(model, nobody(model), folder, SIZE, runtime="openvino")
     kinds = sorted(path.suffix for path in folder.iterdir())
     assert kinds == [".bin"] * 3 + [".json"] * 2 + [".txt"] + [".xml"] * 3
     assert (folder / "notes.txt").read_text() == "keep me" and [p.name for p in folder.parent.iterdir()] == ["export"]

@@ -48,8 +48,8 @@ def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch, wr
 def test_clear_errors(folder, tmp_path, monkeypatch):
     model, images, _ = traced("conv")
     policy = nobody(model)
-    with pytest.raises(ValueError, match="unknown export format 'tflite'; choose one of onnx, openvino"):
-        export.export_segments(model, policy, tmp_path / "new", SIZE, format="tflite")
+    with pytest.raises(ValueError, match="unknown runtime 'tflite'; choose one of onnx, openvino"):
+        export.export_segments(model, policy, tmp_path / "new", SIZE, runtime="tflite")
     with pytest.raises(ValueError, match="call model.float"):
         export.export_segments(ConvExits().double(), policy, tmp_path / "new", SIZE)
     with pytest.raises(ValueError, match="4 thresholds"):
