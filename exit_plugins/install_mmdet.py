@@ -56,6 +56,7 @@ def _run(command: list[str], environment: Mapping[str, str], dry_run: bool) -> N
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Install mmcv with its operators, then the extra ``mmdet``. SystemExit that says so where a command fails."""
     parser = argparse.ArgumentParser(
         "python -m exit_plugins.install_mmdet",
         description=__doc__,

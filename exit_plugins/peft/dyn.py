@@ -231,6 +231,9 @@ class DynPeftModel(ExitModel, PeftModel):
         Args:
             outputs: what the model returns in training, K tensors (B, C).
             target: class indices (B,) or probabilities (B, C).
+
+        Raises:
+            ValueError: these are not the logits of all exits.
         """
         if isinstance(outputs, Tensor) or len(outputs) != self.num_exits:
             raise ValueError(
@@ -285,7 +288,12 @@ class DynPeftModel(ExitModel, PeftModel):
         autocast_adapter_dtype: bool = True,
         dyn_config: DynConfig | None = None,
     ) -> None:
-        """As ``PeftModel.add_adapter``; ``dyn_config`` says its exits, by default the active adapter's."""
+        """As ``PeftModel.add_adapter``; ``dyn_config`` says its exits, by default the active adapter's.
+
+        Raises:
+            ValueError: method, backbone, exits and frames do not fit, or the backbone never calls what would be
+                adapted.
+        """
         dyn_config = dyn_config or self.dyn_config[self._active]
         if dyn_config.num_frames != getattr(self, "num_frames", None):
             raise ValueError(
@@ -365,6 +373,9 @@ class DynPeftModel(ExitModel, PeftModel):
         Args:
             accuracies: for the model card, top-1 accuracy of every exit in percent.
             dataset: for the model card, what they were measured on.
+
+        Raises:
+            ValueError: ``save_directory`` is a file.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder.")

@@ -123,7 +123,10 @@ class DynConfig:
         return cls(**given | settings)
 
     def exit_after(self, family: Family, units: int) -> tuple[int, ...]:
-        """How many of the backbone's ``units`` have run at each exit."""
+        """How many of the backbone's ``units`` have run at each exit.
+
+        ValueError if ``exit_interval`` does not divide them into two or more parts.
+        """
         usual = family.interval or max(d for d in range(1, max(units // 4, 1) + 1) if units % d == 0)
         interval = self.exit_interval or usual
         if interval < 1 or units % interval or units == interval:
@@ -135,7 +138,10 @@ class DynConfig:
         return tuple(range(interval, units + 1, interval))
 
     def hidden_widths(self, num_exits: int) -> list[int]:
-        """Hidden width of each of the ``num_exits - 1`` early heads, 0 for linear ones."""
+        """Hidden width of each of the ``num_exits - 1`` early heads, 0 for linear ones.
+
+        ValueError if more were given than there are heads.
+        """
         early, widths = num_exits - 1, self.head_widths
         if widths is None:
             heavy = num_exits // 2

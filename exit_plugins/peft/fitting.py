@@ -46,7 +46,10 @@ def check_method(config: PeftConfig) -> None:
 
 
 def check_backbone(model: nn.Module, family: Family, config: DynConfig) -> tuple[int, ...]:
-    """Where exits stand in ``model``, if ``config`` fits it."""
+    """Where exits stand in ``model``, if ``config`` fits it.
+
+    ValueError, which says what to create instead, if it does not.
+    """
     found = last_classifier(model, family)
     if not hasattr(found, "weight"):
         raise ValueError(

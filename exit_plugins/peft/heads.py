@@ -84,7 +84,7 @@ class ExitHeads(nn.ModuleDict, AuxiliaryTrainingWrapper):
         self._apart = False
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the state dict of this module, the entries of the adapter, without its name."""
+        """Of the state dict of this module, the entries of the adapter, without its name. Tensors keep their shapes."""
         prefix = f"{adapter_name}."
         return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 

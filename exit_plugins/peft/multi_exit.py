@@ -117,6 +117,10 @@ class ExitModel(PushesToHub, MultiExit):
                 evaluation.
             labels: class indices (B,) or probabilities (B, C); with them the result is a ``DynOutput`` with the loss.
             pixel_values: the images by the name transformers' trainers use; the result is then a ``DynOutput``.
+
+        Raises:
+            TypeError: the images are given twice, or not at all.
+            ValueError: training by name without labels, which would leave the early exits out.
         """
         if (x is None) == (pixel_values is None):
             raise TypeError("give the images once, as the first argument or as pixel_values.")
@@ -145,6 +149,8 @@ class ExitModel(PushesToHub, MultiExit):
         """Trade computation for memory in the backbone's blocks, as transformers' ``TrainingArguments`` ask for it.
 
         Early heads are small and are always kept. timm's models take no settings; transformers' take theirs.
+
+        ValueError for settings a timm backbone does not have.
         """
         backbone = self.backbone
         if hasattr(backbone, "set_grad_checkpointing"):

@@ -20,6 +20,8 @@ def exit_weights(
     The exits' shallow half (the smaller one of an odd number) goes linearly from ``shallow[0]`` to ``shallow[1]``, the
     deep half from ``deep[0]`` to ``deep[1]``. Equal ends make constant weights. The paper says that the deep weights
     fall and the shallow ones rise until they meet at 0.5; where they start, and that the way is linear, is our reading.
+
+    ValueError for a progress outside of [0, 1].
     """
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress is the share of training done, in [0, 1]; got {progress}.")
@@ -90,7 +92,10 @@ class GradientMask:
         self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
     def attach(self, optimizer: Optimizer) -> "GradientMask":
-        """Act on every step of ``optimizer``; wrappers around it (accelerate's) are seen through."""
+        """Act on every step of ``optimizer``; wrappers around it (accelerate's) are seen through.
+
+        ValueError if the optimizer has none of the parameters.
+        """
         while not hasattr(optimizer, "register_step_pre_hook") or hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -78,6 +78,10 @@ def dyn_peft(
         dyn: fields of ``DynConfig``.
         adapter: folder that ``DynPeftModel.save_pretrained`` wrote; method and exits are then those saved there.
         merge: fold that adapter into the backbone, if its method can be.
+
+    Raises:
+        ValueError: the method is unknown; or what ``get_dyn_peft_model`` and ``DynPeftModel.from_pretrained``
+            refuse.
     """
     if method not in _METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(_METHODS)}.")

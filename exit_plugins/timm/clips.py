@@ -286,6 +286,8 @@ def sample_frames(length: int, num_frames: int, training: bool = False) -> np.nd
 
     TSM's sampling: in training the frame's position in its segment is random (torch's generator, which loaders seed in
     every worker), otherwise its middle. A clip shorter than ``num_frames`` has frames repeated.
+
+    ValueError if one of the two numbers is below 1.
     """
     if length < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} frames of {length}.")

@@ -787,6 +787,8 @@ class DynPerceiver(MultiExit, nn.Module):
 
         Between segments the state is the feature map (B, C, H, W), the latents (B, L, C) where there are any, and the
         logits (B, num_classes) that a later exit hears, where one does; after the last exit it is empty.
+
+        IndexError if there is no such exit.
         """
         if not 0 <= index < self.num_exits:
             raise IndexError(f"this model has exits 0 to {self.num_exits - 1}, got {index}.")
@@ -866,6 +868,9 @@ class DynPerceiver(MultiExit, nn.Module):
 
         Returns:
             The maps, or what ``forward_features`` returns and the maps.
+
+        Raises:
+            ValueError: another ``output_fmt``.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be NCHW, got {output_fmt}.")
@@ -916,7 +921,10 @@ class DynPerceiver(MultiExit, nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give every exit a new classifier for ``num_classes`` (0 for none), and so new knowledge transfers."""
+        """Give every exit a new classifier for ``num_classes`` (0 for none), and so new knowledge transfers.
+
+        ValueError for another pooling than the average.
+        """
         if global_pool not in (None, "avg"):
             raise ValueError(f"Dyn-Perceiver pools by average only (global_pool='avg'), got {global_pool!r}.")
         if num_classes > 0:

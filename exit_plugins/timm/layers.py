@@ -212,7 +212,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def add_residual(x: Tensor, update: Tensor) -> Tensor:
-    """``x + update``, in the memory of ``update`` where autocast has not made it narrower than ``x``."""
+    """``x + update``, in the memory of ``update`` where autocast has not made it narrower than ``x``.
+
+    Both of one shape, (B, ...).
+    """
     return update.add_(x) if update.dtype == x.dtype else x + update
 
 

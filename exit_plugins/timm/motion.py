@@ -17,7 +17,7 @@ CLASSES = ("left", "right", "up", "down", "shrink", "grow", "counterclockwise", 
 
 
 def opposite(target: int | np.ndarray) -> int | np.ndarray:
-    """Index of the class whose clips are those of ``target`` backwards."""
+    """Index of the class whose clips are those of ``target`` backwards. Indices (N,) for indices (N,)."""
     return target ^ 1
 
 

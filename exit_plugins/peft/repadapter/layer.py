@@ -40,7 +40,10 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
         self._bias_added = False
 
     def update_layer(self, adapter_name: str, config: RepAdapterConfig, r: int, dropout: float, scale: float) -> None:
-        """Give the layer the adapter ``adapter_name``, replacing one of that name."""
+        """Give the layer the adapter ``adapter_name``, replacing one of that name.
+
+        ValueError if ``config.groups`` does not divide the layer's input features.
+        """
         if self.in_features % config.groups:
             raise ValueError(
                 f"groups={config.groups} does not divide the {self.in_features} input features of "
@@ -60,7 +63,10 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def share(self, adapter_name: str, source: "RepAdapterLayer") -> None:
-        """Use the adapter of ``source``, which reads the same input, in place of an own one."""
+        """Use the adapter of ``source``, which reads the same input, in place of an own one.
+
+        ValueError if the two adapters are not of one shape and scale.
+        """
         mine, theirs = (
             (layer.in_features, layer.r[adapter_name], layer.scaling[adapter_name]) for layer in (self, source)
         )
