@@ -14,7 +14,6 @@ MODULES = sorted(
     path
     for path in PACKAGE.rglob("*.py")
     if not any(part.startswith("_") and part != "__init__.py" for part in path.relative_to(PACKAGE).parts)
-    and path.relative_to(PACKAGE).parts[0] != "exits"
 )
 # "(B, C)", "(K,)", "K tensors", "a scalar": any of them says what an array looks like.
 SHAPE = re.compile(r"\([A-Z0-9.][^()]*,[^()]*\)|\(\)|\bscalar\b|\bshapes?\b|\bbatch first\b", re.IGNORECASE)

@@ -41,7 +41,10 @@ class Calibration:
 
 
 def calibration(table: ExitTable, bins: int = 15) -> list[Calibration]:
-    """Calibration of every exit. Confidences must lie in [0, 1]; samples whose confidence is NaN are left out."""
+    """Calibration of every exit. Confidences must lie in [0, 1]; samples whose confidence is NaN are left out.
+
+    ValueError for no bins, or an exit none of whose confidences lies there.
+    """
     from scipy.stats import rankdata
 
     check_not_empty(table)

@@ -86,6 +86,9 @@ def fit_temperatures(logits: Sequence[Tensor] | Tensor, target: Tensor) -> list[
 
     Returns:
         K floats. The likelihood is convex in 1/T, so a bounded scalar search finds the optimum (in [0.02, 50]).
+
+    Raises:
+        ValueError: there are no logits, not as many as targets, or some are NaN or infinite.
     """
     from scipy.optimize import minimize_scalar
 
@@ -126,6 +129,9 @@ def running_ensemble(
 
     Returns:
         Log-probabilities (K, N, C): logits again, which every confidence measure takes.
+
+    Raises:
+        ValueError: not one positive cost per exit.
     """
     parts = [torch.as_tensor(z).float() for z in logits]
     weights = torch.as_tensor(costs, dtype=torch.float64)

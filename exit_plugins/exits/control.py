@@ -25,6 +25,9 @@ def cap_policy(policy: ExitPolicy, max_exit: int | None = None, max_cost: float 
     Args:
         max_exit: 0-based index of the last exit that may be reached.
         max_cost: in the unit of ``policy.costs``; the deepest exit within it becomes the cap.
+
+    Raises:
+        ValueError: not one of the two is given, the policy knows no costs, or the cap lies below the first exit.
     """
     if (max_exit is None) == (max_cost is None):
         raise ValueError("give either max_exit= or max_cost=, and not both.")
@@ -222,7 +225,10 @@ class BudgetController:
             self._position += self.gain * (self.budget * len(exits) - spent) / self.range
 
     def drift(self) -> ExitDrift:
-        """Exit rates of the last samples beside those the policies in use had on the calibration split."""
+        """Exit rates of the last samples beside those the policies in use had on the calibration split.
+
+        ValueError if the path's policies do not know theirs.
+        """
         if self._monitor is None:
             raise ValueError("the path's policies do not know their exit shares; make it with policy_path(...).")
         return self._monitor.report()

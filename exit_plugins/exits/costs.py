@@ -88,6 +88,8 @@ def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3)
     """Measured seconds (K,) to reach each exit with the batch ``x``, cumulative; the median of ``repeats`` full runs.
 
     The segments are timed one after the other within each run, so a drift of the machine touches all alike.
+
+    ValueError for no repeats or a negative warmup.
     """
     model = check_multi_exit(model)
     if repeats < 1 or warmup < 0:
@@ -152,6 +154,8 @@ def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2)
     """Time every segment, and the gather before it, on 1, 1/4, 1/2, 3/4 and all of the images ``x`` (B, C, H, W).
 
     Medians of ``repeats`` runs, all sizes measured within each run so that a drift of the machine touches all alike.
+
+    ValueError for no repeats, a negative warmup, or no images.
     """
     module = check_multi_exit(model)
     if repeats < 1 or warmup < 0 or x.shape[0] == 0:
@@ -193,7 +197,10 @@ def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2)
 
 
 def check_costs(costs: Sequence[float] | NDArray[Any], num_exits: int) -> NDArray[Any]:
-    """Cumulative costs (K,) as float64; ValueError unless they are K finite, positive numbers that do not fall."""
+    """Cumulative costs (K,) as float64; ValueError unless they are K finite, positive numbers that do not fall.
+
+    TypeError for what holds no numbers.
+    """
     if not isinstance(costs, (np.ndarray, Sequence)) and hasattr(costs, "macs"):
         raise TypeError("costs are one number per exit; pass exit_costs(...).macs, or measured latencies.")
     costs = np.asarray(costs, dtype=np.float64)

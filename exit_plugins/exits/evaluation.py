@@ -48,6 +48,8 @@ def bootstrap_interval(
 
     Returns:
         (low, high), or (R, 2) for values (R, N). NaN for no samples.
+
+    ValueError for a level outside of (0, 1), or no values.
     """
     values = np.asarray(values, dtype=np.float64)
     found = _intervals(np.atleast_2d(values), level, resamples, seed)
@@ -290,6 +292,9 @@ def budgeted_curve(
 
     Returns:
         One BudgetPoint per budget, in the order given.
+
+    Raises:
+        ValueError: the tables are not of one model, or what ``solve_thresholds`` refuses.
     """
     costs = check_costs(costs, table_val.num_exits)
     if table_test.num_exits != table_val.num_exits:

@@ -51,7 +51,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """``atomic_write`` for what writes by name: the path of a temporary file that takes the place of ``path``."""
+    """``atomic_write`` for what writes by name: the path of a temporary file that takes the place of ``path``.
+
+    IsADirectoryError if ``path`` is a folder.
+    """
     path = Path(path).resolve()  # a link stays a link
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, a file was to be written", str(path))
@@ -63,7 +66,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_target(path: str | os.PathLike[str], room: int = 0) -> None:
-    """Before long work: OSError unless a file can be written at ``path``, with ``room`` bytes free for it."""
+    """Before long work: OSError unless a file can be written at ``path``, with ``room`` bytes free for it.
+
+    IsADirectoryError is one of them, where ``path`` is a folder.
+    """
     path = Path(path).resolve()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name a file to write", str(path))

@@ -52,6 +52,8 @@ def own_preset(model: AnyModel) -> tuple[str, str]:
 
     It is the one of the paper that the model comes from, by the model's attribute ``exit_loss``; for a model that names
     none it is ``paper``.
+
+    ValueError if the model names one that there is not.
     """
     name = type(model).__name__
     preset = getattr(model, "exit_loss", "")

@@ -14,7 +14,7 @@ Model = TypeVar("Model", bound=AnyModel)
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is of integers, or of a tensor class that stands for quantised values (torchao's)."""
+    """Whether a weight, of any shape, is of integers, or of a class that stands for quantised values (torchao's)."""
     data = weight.detach()
     return not data.is_floating_point() or type(data) is not Tensor and type(data).__name__ != "DTensor"
 

@@ -75,7 +75,10 @@ def si_unit(largest: float) -> tuple[float, str]:
 
 
 def save(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) -> None:
-    """Write the picture, whole or not at all; the format is the ending's (png, svg, pdf)."""
+    """Write the picture, whole or not at all; the format is the ending's (png, svg, pdf).
+
+    ValueError for another ending.
+    """
     ending = os.path.splitext(os.fspath(path))[1].lstrip(".").lower()
     if not ending:
         raise ValueError(f"{path} has no ending that says a picture format; use .png, .svg or .pdf.")
@@ -94,6 +97,9 @@ def budget_curve(
         curves: name -> points of ``budgeted_curve``, or the points alone.
         anytime: ``anytime_curve`` with costs: what each exit gets when everybody leaves there.
         unit: of the costs; ``MACs`` gets its prefix, so does ``s``.
+
+    Raises:
+        ValueError: there are no points.
     """
     if not isinstance(curves, Mapping):
         curves = {"budgeted": curves}
@@ -121,7 +127,7 @@ def budget_curve(
 
 
 def exit_shares(points: Sequence["BudgetPoint"], unit: str = "MACs") -> "Figure":
-    """Where the test samples left at each budget: stacked bars (DVT, Fig. 10)."""
+    """Where the test samples left at each budget: stacked bars (DVT, Fig. 10). ValueError if there are no points."""
     if not points:
         raise ValueError("there is no point to draw.")
     figure, axes = _figure(6.4, 4.2)
@@ -185,7 +191,10 @@ def _class_name(index: int, class_names: Sequence[str] | None) -> str:
 
 
 def reliability(calibrations: Sequence["Calibration"]) -> "Figure":
-    """Reliability diagram of every exit: accuracy over confidence, with the share of samples in each bin below."""
+    """Reliability diagram of every exit: accuracy over confidence, with the share of samples in each bin below.
+
+    ValueError if there is no exit.
+    """
     count = len(calibrations)
     if count == 0:
         raise ValueError("there is no exit to draw.")
@@ -213,7 +222,10 @@ def reliability(calibrations: Sequence["Calibration"]) -> "Figure":
 
 
 def cka_heatmap(matrix: NDArray[Any], names: Sequence[str] | None = None) -> "Figure":
-    """Similarity of exits, and of exits and labels (Dyn-Adapter, Fig. 4), from ``similarity.cka_matrix``."""
+    """Similarity of exits, and of exits and labels (Dyn-Adapter, Fig. 4), from ``similarity.cka_matrix``.
+
+    ValueError if it is not square.
+    """
     matrix = np.asarray(matrix)
     size = len(matrix)
     if matrix.shape != (size, size) or size == 0:
@@ -237,6 +249,9 @@ def cka_with_labels(rows: Mapping[str, Sequence[float]]) -> "Figure":
 
     Args:
         rows: name of a model to its layers' ``similarity.cka`` with the labels, each in [0, 1].
+
+    Raises:
+        ValueError: there is nothing to draw.
     """
     if not rows or not all(len(values) for values in rows.values()):
         raise ValueError("cka_with_labels draws at least one model with at least one layer.")
@@ -259,6 +274,8 @@ def sample_indices(table: ExitTable, policy: ExitPolicy, count: int = 8) -> tupl
     Easiest: rightly answered at the first exit anybody left at, surest first. Hardest: rightly answered at the last
     exit anybody reached, those the earlier exits were least sure of first. Right answers come first; wrong ones fill
     up only where there are too few.
+
+    Indices (n,) into the table's N samples.
     """
     exits = policy.choose(table.confidence)
     correct = table.correct[exits, np.arange(table.num_samples)]
@@ -290,6 +307,9 @@ def easiest_and_hardest(
         table, policy: what decides.
         class_names: index -> name, written under each image; a wrong answer is written beside the truth.
         count: images per row.
+
+    Raises:
+        ValueError: the table holds no samples.
     """
     if table.num_samples == 0:
         raise ValueError("the table holds no samples; there is no image to show.")

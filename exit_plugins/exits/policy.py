@@ -149,6 +149,8 @@ class ExitPolicy:
         """Exit index (N,) each sample leaves at, from confidences (K, N).
 
         NaN never leaves early, and nobody, a confidence of +inf included, leaves at a closed exit.
+
+        ValueError for another shape.
         """
         confidence = np.asarray(confidence, dtype=np.float32)
         if confidence.ndim != 2 or confidence.shape[0] != self.num_exits:

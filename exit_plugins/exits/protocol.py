@@ -163,7 +163,7 @@ def check_input_size(model: AnyModel, input_size: Sequence[int]) -> None:
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """``state`` with ``function`` applied to every tensor in it."""
+    """``state`` with ``function`` applied to every tensor in it. Leaves are (B, ...)."""
     return pytree.tree_map_only(Tensor, function, state)
 
 

@@ -45,6 +45,8 @@ def path_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str = "disag
 
     ``disagreement``: 1 where the answer is not the last exit's (needs no labels). ``gap``: the last exit's correctness
     minus the answer's, so that the mean is the accuracy lost; from -1 to 1.
+
+    ValueError for an unknown loss or an empty path.
     """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}.")
@@ -80,7 +82,10 @@ def _log_wealth(losses: NDArray[Any], risk: float, delta: float) -> NDArray[Any]
 
 
 def wsr_bound(losses: NDArray[Any], delta: float = 0.1) -> float:
-    """Upper confidence bound, at level 1 - delta, of the mean of i.i.d. losses (N,) in [0, 1], taken in their order."""
+    """Upper confidence bound, at level 1 - delta, of the mean of i.i.d. losses (N,) in [0, 1], taken in their order.
+
+    ValueError for losses outside of [0, 1], or none.
+    """
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 1 or losses.size == 0 or losses.min() < 0 or losses.max() > 1:
         raise ValueError("expected a non-empty list of losses in [0, 1].")
@@ -139,6 +144,9 @@ def certified_step(
 
     Returns:
         0-based step; S - 1, the full policy, when nothing cheaper can be certified.
+
+    Raises:
+        ValueError: an unknown method, ``epsilon`` or ``delta`` outside of (0, 1), or losses of another shape.
     """
     if method not in RISK_METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(RISK_METHODS)}.")

@@ -98,6 +98,7 @@ def _is_real(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 0 on, and no bool."""
     return type(value) is int and value >= 0
 
 
@@ -106,22 +107,27 @@ def is_positive(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no bool."""
     return _is_real(value) and bool(np.isfinite(float(value)))
 
 
 def is_text(value: Any) -> bool:
+    """Whether a value is a string, and not an empty one."""
     return isinstance(value, str) and value != ""
 
 
 def is_mapping(value: Any) -> bool:
+    """Whether a value is a mapping."""
     return isinstance(value, Mapping)
 
 
 def is_sha256(value: Any) -> bool:
+    """Whether a value is a SHA-256 digest in lower-case hexadecimal."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def a_list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A check for lists all of whose items are ``good``."""
     return lambda value: isinstance(value, list) and len(value) > 0 and all(map(good, value))
 
 

@@ -20,6 +20,9 @@ def cka(x: NDArray[Any] | Tensor, y: NDArray[Any] | Tensor) -> float:
     Returns:
         A number in [0, 1], 1 for representations equal up to rotation and scale; NaN if one of them is constant.
         Dyn-Adapter's Fig. 4 compares layers and labels so.
+
+    Raises:
+        ValueError: the two are not of as many samples.
     """
     x, y = _features(x), _features(y)
     if len(x) != len(y) or len(x) == 0:

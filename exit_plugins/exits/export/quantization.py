@@ -42,6 +42,9 @@ def quantize_segments(
         stayed (``agreement``) and the mean absolute change of the confidence (``confidence_change``). Accuracy is
         measured by ``collect_exits(ExportedSegments(destination), loader)`` or ``exit-plugins evaluate``; confidences
         move, so solve thresholds on that table again.
+
+    Raises:
+        ValueError: the export is not for ONNX Runtime, or there are no images.
     """
     quantization = require("onnxruntime.quantization", "onnxruntime")
     preprocess = require("onnxruntime.quantization.shape_inference", "onnxruntime").quant_pre_process

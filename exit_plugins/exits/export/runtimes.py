@@ -34,6 +34,7 @@ class Session:
 
 
 def inference_session(path: Path, threads: int | None) -> Any:
+    """An ONNX Runtime session of the file at ``path`` on the CPU, with ``threads`` threads, or as many as torch."""
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -44,12 +45,14 @@ def inference_session(path: Path, threads: int | None) -> Any:
 
 
 def onnx_session(path: Path, threads: int | None, bfloat16: bool) -> Session:
+    """A segment's file, opened by ONNX Runtime."""
     session = inference_session(path, threads)
     names = leaf_names(len(session.get_inputs()))
     return Session(names, lambda leaves: session.run(None, dict(zip(names, leaves, strict=True))))
 
 
 def openvino_session(path: Path, threads: int | None, bfloat16: bool) -> Session:
+    """A segment's file, opened by OpenVINO; in float32 unless ``bfloat16`` is asked for."""
     openvino = require("openvino")
     # Left to itself OpenVINO computes in bfloat16 where the CPU can, without a word.
     config: dict[str, Any] = {
@@ -99,6 +102,7 @@ def openmp() -> Any:
 
 
 def require(name: str, package: str | None = None) -> ModuleType:
+    """The module ``name``; ImportError that says what to install where it is missing."""
     try:
         return import_module(name)
     except ImportError as error:

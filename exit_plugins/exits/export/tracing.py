@@ -43,7 +43,10 @@ class _Segment(nn.Module):
 
 @torch.no_grad()
 def onnx_segments(model: MultiExitModule, images: Tensor) -> Iterable[Any]:
-    """Each segment as a torch.onnx program, with inputs leaf_0... and outputs logits, next_0... and a free batch."""
+    """Each segment as a torch.onnx program, with inputs leaf_0... and outputs logits, next_0... and a free batch.
+
+    Leaves are (B, ...), logits (B, num_classes). ValueError for a segment that has the batch size built in.
+    """
     require("onnx")
     require("onnxscript")
     state: State = images[:3]

@@ -18,7 +18,7 @@ _TOLERANCE = 1e-4
 
 
 def trial_images(model: MultiExitModule, input_size: Sequence[int]) -> Tensor:
-    """Sixteen images to verify with: noise of differing contrast, so that confidences differ."""
+    """Sixteen images to verify with: noise of differing contrast, so that confidences differ. (16, C, H, W) float32."""
     check_input_size(model, input_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, *input_size, generator=generator)
@@ -30,7 +30,10 @@ def trial_images(model: MultiExitModule, input_size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def verify_segments(model: MultiExitModule, exported: ExportedSegments, images: Tensor) -> None:
-    """RuntimeError unless every exit, and adaptive runs of all kinds, agree with torch at several batch sizes."""
+    """RuntimeError unless every exit, and adaptive runs of all kinds, agree with torch at several batch sizes.
+
+    Images are (B, C, H, W).
+    """
     for size in (1, 2, len(images)):
         expected = forward_exits(model, images[:size])
         for index, (mine, theirs) in enumerate(zip(exported.forward_exits(images[:size]), expected, strict=True)):
@@ -43,6 +46,7 @@ def verify_segments(model: MultiExitModule, exported: ExportedSegments, images: 
 
 @torch.no_grad()
 def verify_graph(model: MultiExitModule, policy: ExitPolicy, runner: GraphRunner, images: Tensor) -> None:
+    """RuntimeError unless the one file answers as torch does, images (B, C, H, W) of several batch sizes."""
     for name, trial in _trial_policies(model, images, policy):
         for size in (1, 2, len(images)):
             theirs = AdaptiveModel(model, trial)(images[:size])

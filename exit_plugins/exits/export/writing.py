@@ -81,6 +81,8 @@ def export_graph(
     beyond the policy's ``max_exit`` are not in the file.
 
     Returns a function from images to ExitOutput that runs the file. Arguments and errors as of ``export_segments``.
+
+    ValueError if ``path`` is a folder.
     """
     prepared = _prepared(model, policy)
     path = Path(path)

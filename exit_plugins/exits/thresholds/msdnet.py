@@ -20,6 +20,8 @@ def msdnet_shares(num_exits: int, p: float) -> NDArray[Any]:
     """Shares (K,) float32 of samples per exit, ``p**k / sum_j p**j`` for k = 1..K (MSDNet, section 4.2).
 
     Computed in torch's float32, as the released rule is, so that the thresholds agree to the last bit.
+
+    ValueError for no exits or a p that is not positive.
     """
     if num_exits < 1 or not p > 0:
         raise ValueError(f"expected at least one exit and p > 0, got {num_exits} and {p}.")
@@ -52,7 +54,10 @@ SWEEPS: dict[str, Callable[[int], NDArray[Any]]] = {"msdnet": _msdnet_sweep, "dy
 
 
 def sweep_shares(num_exits: int, sweep: str = "msdnet") -> NDArray[Any]:
-    """Shares (P, K) float32 that a published rule tries: ``msdnet`` (39 rows, p = i/20) or ``dyn_perceiver`` (33)."""
+    """Shares (P, K) float32 that a published rule tries: ``msdnet`` (39 rows, p = i/20) or ``dyn_perceiver`` (33).
+
+    ValueError for another name.
+    """
     if sweep not in SWEEPS:
         raise ValueError(f"unknown sweep {sweep!r}; choose one of {', '.join(SWEEPS)}.")
     return SWEEPS[sweep](num_exits)
@@ -68,6 +73,9 @@ def msdnet_thresholds(table: ExitTable, shares: NDArray[Any] | Sequence[float]) 
     Args:
         table: labelled samples; the labels are not used.
         shares: (K,) taken as float32, as the product with N is.
+
+    Raises:
+        ValueError: not one share from 0 to 1 per exit.
     """
     shares = np.asarray(shares, dtype=np.float32)
     if shares.shape != (table.num_exits,):
@@ -78,6 +86,7 @@ def msdnet_thresholds(table: ExitTable, shares: NDArray[Any] | Sequence[float]) 
 
 
 def rule(confidence: NDArray[Any], orders: Sequence[NDArray[Any]], shares: NDArray[Any]) -> NDArray[Any]:
+    """``msdnet_thresholds`` of confidences (K, N), where ``orders`` holds each exit's samples, surest first."""
     num_exits, num_samples = confidence.shape
     thresholds = np.full(num_exits, NOBODY, dtype=np.float32)
     gone = np.zeros(num_samples, dtype=bool)
@@ -97,6 +106,7 @@ def descending(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def closed_as_inf(thresholds: NDArray[Any]) -> NDArray[Any]:
+    """Thresholds (K,) of the released rule, with +inf where its 1e8 closes an exit and -inf at the last one."""
     thresholds = np.where(thresholds == NOBODY, np.float32(np.inf), thresholds)
     thresholds[-1] = -np.inf
     return thresholds

@@ -31,6 +31,9 @@ def policy_path(
     The budgets in between are spaced evenly. No threshold ever falls along the path, so each sample leaves no earlier
     under a later policy: solved thresholds are raised to the highest of those before them, and where more budget buys
     no accuracy on ``table`` the exits close at one pace. This is what ``exits.risk`` walks along.
+
+    Raises:
+        ValueError: fewer than two steps, or a table without samples.
     """
     costs = check_costs(costs, table.num_exits)
     if steps < 2:

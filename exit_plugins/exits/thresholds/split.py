@@ -193,4 +193,5 @@ class Split:
 
 
 def exit_shares(split: Split, thresholds: NDArray[Any]) -> NDArray[Any]:
+    """Share (K,) of the samples that leaves at each exit under ``thresholds`` (K,)."""
     return exit_counts(split.exits(thresholds), split.num_exits) / split.num_samples
