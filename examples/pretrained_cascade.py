@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from pretrained_exits import fit_all, speed
+from pretrained_exits import fit_all
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from exit_plugins import AdaptiveModel, ExitTable, budgeted_curve, cascade, collect_exits, exit_costs, solve_thresholds
+from exit_plugins import ExitTable, budgeted_curve, cascade, collect_exits, exit_costs
 from exit_plugins.timm.weights import PACKAGES, packaged_weights
 
 
@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--model", default="tf_efficientnet_lite0")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128, 160, 224], help="increasing")
     parser.add_argument("--pair", type=int, nargs=2, default=[96, 224], help="two of the sizes: the cascade")
-    parser.add_argument("--time", action="store_true", help="measure images per second; on a quiet machine")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
 
@@ -60,16 +59,13 @@ def main() -> None:
 
     chosen = [args.sizes.index(size) for size in args.pair]
     pair = cascade([members[index] for index in chosen], sizes=args.pair).eval()
-    costs, batches = exit_costs(pair, config["input_size"]).macs, [images for images, _ in test]
+    costs = exit_costs(pair, config["input_size"]).macs
     solved, measured = of_exits(calibration, chosen), of_exits(table, chosen)
     budgets = [float(costs[0] + share * macs[chosen[1]]) for share in (0.2, 0.35, 0.5, 0.65, 0.8)]
     for point in budgeted_curve(solved, measured, costs, budgets):
-        adaptive = AdaptiveModel(pair, solve_thresholds(solved, costs, budget=point.budget, model=pair))
         static = float(np.interp(point.cost, macs, table.correct.mean(1)))
         line = {"sizes": args.pair, "budget": point.budget, "macs": point.cost, "accuracy": point.accuracy}
         report["cascades"].append(line | {"static_at_this_cost": static})
-        if args.time:
-            report["cascades"][-1]["images_per_second"] = speed(adaptive, batches)
         print(f"{args.pair} px  {point.cost / 1e6:7.1f}M MACs  {point.accuracy:6.1%}, static there {static:6.1%}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
