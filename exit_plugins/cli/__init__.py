@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if args.command is None and not argv else 2
     if argv[0] == "train":
         # timm's launcher reads its own options, help included.
-        return import_module("exit_plugins.timm.train").main(argv[1:])
+        return int(import_module("exit_plugins.timm.train").main(argv[1:]))
     module = import_module(f".{argv[0]}", __name__)
     command = argparse.ArgumentParser(
         prog=f"exit-plugins {argv[0]}",
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .common import leave_processes
 
     try:
-        return module.run(args)
+        return int(module.run(args))
     except KeyboardInterrupt:
         print("exit-plugins: interrupted", file=sys.stderr)
         return 130

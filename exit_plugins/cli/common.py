@@ -6,18 +6,20 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.data import create_dataset, create_transform
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, Grayscale
 
 from ..exits.costs import exit_costs, exit_latency
+from ..exits.protocol import AnyModel
+from ..exits.schema import plain
 from ..timm.clips import ClipTransform
 from ..timm.data import ImageView, class_names, open_dataset
 from .models import device_of, number, whole
@@ -81,14 +83,14 @@ def add_confidence_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _Stream(IterableDataset):
+class _Stream(IterableDataset[tuple[Any, int]]):
     """A timm data set without random access, transformed."""
 
     def __init__(self, base: Any, transform: Any) -> None:
         base.transform = transform
         self.base = base
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
         for image, target in self.base:
             yield image, int(target)
 
@@ -105,18 +107,19 @@ def open_data(args: argparse.Namespace, split: str | None = None) -> tuple[Any, 
     return view, class_names(view)
 
 
-def make_loader(data: Any, args: argparse.Namespace, config: dict[str, Any]) -> DataLoader:
+def make_loader(data: Any, args: argparse.Namespace, config: dict[str, Any]) -> DataLoader[Any]:
     """Batches of images as the model of this preprocessing reads them; an unreadable image is an error."""
     return DataLoader(transformed(data, config), args.batch_size, num_workers=args.workers)
 
 
-def transformed(data: Any, config: dict[str, Any]) -> Dataset:
+def transformed(data: Any, config: dict[str, Any]) -> Dataset[Any]:
     of_clips = len(config["input_size"]) == 4
     if of_clips != getattr(data, "holds_clips", False):
         kinds = ("images", "clips") if of_clips else ("clips", "images")
         raise ValueError(f"the data holds {kinds[0]} and the model reads {kinds[1]}.")
     if of_clips:
-        return data.with_transform(ClipTransform.of_config(config))
+        clips: Dataset[Any] = data.with_transform(ClipTransform.of_config(config))
+        return clips
     transform, channels = create_transform(**{**config, "is_training": False}), config["input_size"][0]
     if isinstance(data, ImageView):
         return data.with_channels(channels).with_transform(transform)
@@ -161,7 +164,7 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cost-batch", type=whole(1), default=1, metavar="N", help="batch size latency is measured at")
 
 
-def costs_of(args: argparse.Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[np.ndarray, str]:
+def costs_of(args: argparse.Namespace, model: AnyModel, config: dict[str, Any]) -> tuple[NDArray[Any], str]:
     """Cumulative cost (K,) per image and its unit."""
     size = config["input_size"]
     if args.cost == "macs":
@@ -173,7 +176,7 @@ def costs_of(args: argparse.Namespace, model: nn.Module, config: dict[str, Any])
 _AMOUNT = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|[kKMGT]?|ms|us|s)", re.IGNORECASE)
 
 
-def parse_budget(text: str, costs: np.ndarray) -> float:
+def parse_budget(text: str, costs: NDArray[Any]) -> float:
     """``0.4e9``, ``400M``, ``0.4G``, ``12ms``, or ``60%`` of the last exit's cost."""
     match = _AMOUNT.fullmatch(text.strip())
     try:
@@ -201,15 +204,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=_plain, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not JSON")
+    print(json.dumps(plain(value, "the answer"), indent=2, allow_nan=False))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], file: Any = None) -> None:

@@ -96,6 +96,7 @@ def _print_exits(
 ) -> None:
     rows = []
     for k, (point, exit_) in enumerate(exits):
+        assert point.cost is not None  # the inputs know the costs
         row = [f"exit {k + 1}", amount(point.cost, unit), percent(point.accuracy), _interval(point.interval)]
         row += [percent(ensemble[k].accuracy)] if ensemble else []
         row += [percent(exit_.ece), "-" if np.isnan(exit_.auroc) else f"{exit_.auroc:.3f}"]
@@ -105,6 +106,7 @@ def _print_exits(
 
 def _print_policy(under: _UnderPolicy, args: argparse.Namespace, inputs: Inputs) -> None:
     result, unit = under.result, inputs.unit
+    assert result.cost is not None  # the inputs know the costs
     if under.overlap:
         print(f"\nno test: {overlap_note(under.overlap, inputs.table)}")
     print(

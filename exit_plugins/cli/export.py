@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         export.export_graph(model, policy, args.output, size)
     else:
         export.export_segments(model, policy, args.output, size, runtime)
-    report = {"written": _written(Path(args.output)), "input_size": list(size), "verified": True}
+    report: dict[str, Any] = {"written": _written(Path(args.output)), "input_size": list(size), "verified": True}
     if args.int8:
         report["int8"] = _quantise(args, match_classes(open_data(args)[0], model, known), config)
         report["written"] += _written(Path(args.int8))
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _quantise(args: argparse.Namespace, data: Any, config: dict[str, Any]) -> dict:
+def _quantise(args: argparse.Namespace, data: Any, config: dict[str, Any]) -> dict[str, Any]:
     batches, count = [], 0
     for images, _ in make_loader(data, args, config):
         batches.append(images[: args.calibration - count])
@@ -110,6 +110,6 @@ def _quantise(args: argparse.Namespace, data: Any, config: dict[str, Any]) -> di
     }
 
 
-def _written(path: Path) -> list[dict]:
+def _written(path: Path) -> list[dict[str, Any]]:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [{"file": str(file), "bytes": file.stat().st_size} for file in files]

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-from torch import nn
+from numpy.typing import NDArray
 
 from ..exits.policy import ExitPolicy
 from ..exits.table import ExitTable
 from ..timm.data import ImageView
 from .common import costs_of, open_data, start_processes
-from .models import data_config, known_model, match_classes, model_classes, open_model
+from .models import Classifier, data_config, known_model, match_classes, model_classes, open_model
 from .tables import check_table, collect
 
 
@@ -28,14 +27,14 @@ class Inputs:
     """
 
     args: argparse.Namespace
-    model: nn.Module
+    model: Classifier
     known: dict[str, Any]
     config: dict[str, Any]
     table: ExitTable
     images: ImageView | None
 
     @property
-    def costs(self) -> np.ndarray:
+    def costs(self) -> NDArray[Any]:
         """Cumulative cost (K,) per image in ``unit``, found when first asked for.
 
         Of several processes only the main one should ask, since latency is measured.
@@ -47,7 +46,7 @@ class Inputs:
         return self._priced[1]
 
     @cached_property
-    def _priced(self) -> tuple[np.ndarray, str]:
+    def _priced(self) -> tuple[NDArray[Any], str]:
         return costs_of(self.args, self.model, self.config)
 
     @property

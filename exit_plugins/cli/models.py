@@ -6,9 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from timm.models import load_checkpoint
 from torch import nn
 
 from ..exits.policy import ExitPolicy
-from ..exits.protocol import check_multi_exit
+from ..exits.protocol import AnyModel, MultiExitModule, check_multi_exit
 from ..exits.reading import reading
 from ..exits.schema import plain
 from ..exits.table import ExitTable
@@ -242,12 +242,19 @@ def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Classifier(MultiExitModule, Protocol):
+    """A multi-exit model of timm's: one that knows its classes."""
+
+    num_classes: int
+    model_kwargs: Mapping[str, Any]
+
+
 def open_model(
     args: argparse.Namespace,
     known: dict[str, Any] | None = None,
     num_classes: int | None = None,
     needs_weights: bool = True,
-) -> nn.Module:
+) -> Classifier:
     """The multi-exit model the arguments name, in evaluation mode on the device asked for.
 
     ``known`` is what ``known_model`` found; ``num_classes`` is the data's, where that says nothing.
@@ -269,15 +276,15 @@ def open_model(
     # A folder or a repository stands for its weights; the costs alone are asked for without them.
     of_name = ":" in name and needs_weights and not args.checkpoint
     model = timm.create_model(name, pretrained=args.pretrained or of_name, **kwargs)
-    check_multi_exit(model)
+    classifier = cast(Classifier, check_multi_exit(model))  # timm's models say their number of classes
     # Tables and policies remember it, so that they can build the model again.
     if ":" not in name:
-        model.model_kwargs = known["model_kwargs"] or {}
+        classifier.model_kwargs = known["model_kwargs"] or {}
     if args.checkpoint:
         _load_weights(model, name, args.checkpoint)
     if needs_weights and not (args.checkpoint or args.pretrained or of_name):
         print(f"warning: {name} has random weights; give --checkpoint or --pretrained.", file=sys.stderr)
-    return model.to(device_of(args)).eval()
+    return classifier.to(device_of(args)).eval()
 
 
 def _load_weights(model: nn.Module, name: str, checkpoint: str) -> None:
@@ -309,7 +316,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return torch.device("cpu")
 
 
-def data_config(args: argparse.Namespace, model: nn.Module, known: dict[str, Any] | None = None) -> dict[str, Any]:
+def data_config(args: argparse.Namespace, model: AnyModel, known: dict[str, Any] | None = None) -> dict[str, Any]:
     """timm's preprocessing of the model, with what the arguments change of it, at the known input size.
 
     Raises:
@@ -343,7 +350,7 @@ def class_names_of(args: argparse.Namespace) -> list[str] | None:
     return list(class_names(open_dataset(given, ("train", "validation", "test"), args.data_dir)))
 
 
-def model_classes(model: nn.Module, known: dict[str, Any]) -> list[str] | None:
+def model_classes(model: Classifier, known: dict[str, Any]) -> list[str] | None:
     """Names of the model's classes by index, where anything says them."""
     config = getattr(model, "pretrained_cfg", None) or {}
     names = known["classes"] or _names_of(config.get("label_names") if hasattr(config, "get") else None)
@@ -352,7 +359,7 @@ def model_classes(model: nn.Module, known: dict[str, Any]) -> list[str] | None:
     return names
 
 
-def match_classes(data: Any, model: nn.Module, known: dict[str, Any]) -> Any:
+def match_classes(data: Any, model: Classifier, known: dict[str, Any]) -> Any:
     """The data with its labels numbered as the model's outputs are; a data set that streams as it is.
 
     Raises:
@@ -362,7 +369,7 @@ def match_classes(data: Any, model: nn.Module, known: dict[str, Any]) -> Any:
         return data
     names = model_classes(model, known)
     if names is None and data.named and (subset := infer_imagenet_subset(model)):
-        synsets = ImageNetInfo(subset).label_names()
+        synsets = ImageNetInfo(subset).label_names()  # type: ignore[no-untyped-call]  # timm leaves it untyped
         names = synsets if set(data.classes) <= set(synsets) else None
     if names is not None and data.named:
         present = data.own_classes

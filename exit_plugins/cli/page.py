@@ -14,7 +14,7 @@ from ..exits.files import atomic_write
 __all__ = ["write_page"]
 
 
-def write_page(path: str | os.PathLike, title: str, intro: str, note: str | None, data: Mapping[str, Any]) -> None:
+def write_page(path: str | os.PathLike[str], title: str, intro: str, note: str | None, data: Mapping[str, Any]) -> None:
     """Write the page, whole or not at all.
 
     Args:

@@ -21,9 +21,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -33,6 +35,7 @@ from ..timm.predictor import PREDICT_MODES, Predictor, spoken_names
 from ..timm.sources import Item, check_sources, iterate_images
 from .common import add_json_argument, amount, percent
 from .models import (
+    Classifier,
     add_force_argument,
     add_model_arguments,
     class_names_of,
@@ -128,8 +131,8 @@ def _open_predictor(args: argparse.Namespace) -> Predictor:
     if args.export:
         from ..exits.export import ExportedSegments
 
-        model = ExportedSegments(args.export)
-        policy = ExitPolicy.load(args.policy or model.folder / "policy.json")
+        model: Classifier = ExportedSegments(args.export)
+        policy = ExitPolicy.load(args.policy or Path(args.export, "policy.json"))
         known = known_model(args, policy)
     else:
         policy = ExitPolicy.load(args.policy)
@@ -141,9 +144,10 @@ def _open_predictor(args: argparse.Namespace) -> Predictor:
     check_weights(policy, weights_digest(model), args.force)
     if shown is not None and len(shown) != model.num_classes:
         raise ValueError(f"--class-names names {len(shown)} classes, the model has {model.num_classes}.")
-    names = shown or spoken_names(model, model_classes(model, known))
+    network = cast(nn.Module, model)  # which no Protocol can say that it is
+    names = shown or spoken_names(network, model_classes(model, known))
     return Predictor(
-        model, policy, data_config(args, model, known), names, mode=args.mode, top_k=args.top_k, reject=args.reject
+        network, policy, data_config(args, model, known), names, mode=args.mode, top_k=args.top_k, reject=args.reject
     )
 
 
@@ -160,7 +164,7 @@ class _Batch(NamedTuple):
     pixels: torch.Tensor | None
 
 
-class _Files(Dataset):
+class _Files(Dataset[Any]):
     """What a loader reads when its "indices" are the items themselves: no list of all of them is needed anywhere."""
 
     def __init__(self, predictor: Predictor) -> None:
@@ -181,7 +185,7 @@ class _Files(Dataset):
         return _Batch([item.path for item in items], errors, torch.stack(pixels) if pixels else None)
 
 
-def _unchanged(batch: _Batch) -> _Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

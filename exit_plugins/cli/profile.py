@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..exits.costs import exit_costs, exit_latency
@@ -25,7 +26,7 @@ from .common import (
     print_json,
     print_table,
 )
-from .models import add_model_arguments, data_config, open_model, whole
+from .models import Classifier, add_model_arguments, data_config, open_model, whole
 
 # What a user would have run instead: name of ours (its beginning) -> timm's network without exits.
 PLAIN = {
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plain_network(args: argparse.Namespace, model: nn.Module, size: Sequence[int]) -> nn.Module | None:
+def _plain_network(args: argparse.Namespace, model: Classifier, size: Sequence[int]) -> nn.Module | None:
     """What a user would have run instead, as a model of one exit; None where nothing is named and none is known."""
     name = args.plain or next((plain for ours, plain in PLAIN.items() if args.model.startswith(ours)), None)
     if name is None:
@@ -85,7 +86,7 @@ def _plain_network(args: argparse.Namespace, model: nn.Module, size: Sequence[in
 
 
 def _counted(
-    args: argparse.Namespace, model: nn.Module, plain: nn.Module | None, size: Sequence[int]
+    args: argparse.Namespace, model: Classifier, plain: nn.Module | None, size: Sequence[int]
 ) -> dict[str, Any]:
     costs = exit_costs(model, size)
     found = {
@@ -153,8 +154,8 @@ class _Single(nn.Module):
 
 
 def _in_turns(
-    model: nn.Module, plain: nn.Module | None, images: torch.Tensor, repeats: int
-) -> tuple[np.ndarray, float | None]:
+    model: Classifier, plain: nn.Module | None, images: torch.Tensor, repeats: int
+) -> tuple[NDArray[Any], float | None]:
     """Latency (K,) of the model and of the plain network, measured in alternating rounds."""
     rounds = min(4, repeats)
     ours, theirs = [], []

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import softmax
 from scipy.stats import beta
@@ -33,6 +34,7 @@ from ..exits.risk import path_losses
 from ..exits.similarity import cka_matrix
 from ..exits.table import ExitTable
 from ..exits.thresholds import METHODS, policy_path, solve_thresholds
+from ..timm.data import ImageView
 from .common import (
     add_confidence_arguments,
     add_cost_arguments,
@@ -168,7 +170,7 @@ def _find(args: argparse.Namespace, inputs: Inputs, solving: ExitTable, policy: 
     )
 
 
-def disagreement_bounds(path: Sequence[ExitPolicy], table: ExitTable, delta: float = _DELTA) -> np.ndarray:
+def disagreement_bounds(path: Sequence[ExitPolicy], table: ExitTable, delta: float = _DELTA) -> NDArray[Any]:
     """Upper bounds (S,) of the share of answers that differ from the last exit's, for each policy of a path.
 
     Clopper and Pearson's exact binomial bound of each at ``delta / S``: with probability 1 - ``delta`` over the samples
@@ -231,19 +233,19 @@ def _data(inputs: Inputs, findings: _Findings) -> dict[str, Any]:
         "policy": _accuracy(policy),
         "reliability": [_bins(exit_) for exit_ in findings.calibration],
         "pictures_say": "Surest and least sure of those that leave at each.",
-        "pictures": [] if inputs.images is None else _pictures(inputs, findings),
+        "pictures": [] if inputs.images is None else _pictures(inputs, inputs.images, findings),
         "classes": _classes(policy, table.target, inputs.class_names),
         "similarity": _similarity(table),
     }
 
 
-def _accuracy(found: AnytimePoint | PolicyResult) -> dict[str, float]:
+def _accuracy(found: AnytimePoint | PolicyResult) -> dict[str, float | None]:
     low, high = found.interval
-    return {"cost": float(found.cost), "accuracy": float(found.accuracy), "low": float(low), "high": float(high)}
+    return {"cost": found.cost, "accuracy": float(found.accuracy), "low": float(low), "high": float(high)}
 
 
 def _exits(findings: _Findings) -> list[dict[str, Any]]:
-    ensemble = findings.ensemble or [None] * len(findings.anytime)
+    ensemble: Sequence[AnytimePoint | None] = findings.ensemble or [None] * len(findings.anytime)
     return [
         {
             **_accuracy(point),
@@ -259,7 +261,7 @@ def _bins(exit_: Calibration) -> list[dict[str, float]]:
     return [{"confidence": sure, "accuracy": right, "share": share} for sure, right, share in bins if share > 0]
 
 
-def _classes(result: PolicyResult, target: np.ndarray, names: list[str] | None) -> list[dict[str, Any]]:
+def _classes(result: PolicyResult, target: NDArray[Any], names: list[str] | None) -> list[dict[str, Any]]:
     """The classes that leave earliest, then those that leave latest; all where there are few."""
     depth = result.class_shares @ np.arange(result.class_shares.shape[1])
     order = np.argsort(depth, kind="stable")
@@ -289,7 +291,7 @@ def _similarity(table: ExitTable) -> dict[str, Any] | None:
     return {"names": names, "matrix": np.nan_to_num(matrix).tolist()}
 
 
-def _pictures(inputs: Inputs, findings: _Findings) -> list[dict[str, Any]]:
+def _pictures(inputs: Inputs, images: ImageView, findings: _Findings) -> list[dict[str, Any]]:
     """Of every exit anybody left at: the surest and the least sure of those who did."""
     table, result = findings.under_policy, findings.result
     groups = []
@@ -306,15 +308,15 @@ def _pictures(inputs: Inputs, findings: _Findings) -> list[dict[str, Any]]:
                 "exit": exit_,
                 "share": len(members) / table.num_samples,
                 "accuracy": float(result.correct[members].mean()),
-                "easiest": [_picture(inputs, table, exit_, int(i)) for i in easiest],
-                "hardest": [_picture(inputs, table, exit_, int(i)) for i in hardest],
+                "easiest": [_picture(inputs, images, table, exit_, int(i)) for i in easiest],
+                "hardest": [_picture(inputs, images, table, exit_, int(i)) for i in hardest],
             }
         )
     return groups
 
 
-def _picture(inputs: Inputs, table: ExitTable, exit_: int, i: int) -> dict[str, Any]:
-    image, _ = inputs.images[i]
+def _picture(inputs: Inputs, images: ImageView, table: ExitTable, exit_: int, i: int) -> dict[str, Any]:
+    image, _ = images[i]
     if not isinstance(image, Image.Image):
         image = image[len(image) // 2]  # a clip, by its middle frame
     sure, said, truth = table.confidence[exit_, i], int(table.prediction[exit_, i]), int(table.target[i])

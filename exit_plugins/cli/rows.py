@@ -187,7 +187,8 @@ class Journal:
     def _earlier(self) -> dict[str, Any]:
         with reading(self.record, "record of a run", f"remove it and {self.part.name} to begin anew"):
             document = strict_json(self.record.read_bytes())
-            state, run = document["state"], document["run"]
+            state: dict[str, Any] = document["state"]
+            run = document["run"]
             if self.part.stat().st_size < state["bytes"]:
                 raise ValueError(f"{self.part.name} is shorter than it says")
         different = sorted(key for key in run.keys() | self.run.keys() if run.get(key) != self.run.get(key))

@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from numpy.typing import NDArray
 
 from ..exits.confidence import fit_temperatures
 from ..exits.control import cap_policy
@@ -37,7 +38,7 @@ from .common import (
     print_json,
 )
 from .inputs import open_inputs
-from .models import add_model_arguments, number, whole
+from .models import Classifier, add_model_arguments, number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,10 +112,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _solved(args: argparse.Namespace, table: ExitTable, costs: np.ndarray, model: nn.Module) -> ExitPolicy:
+def _solved(args: argparse.Namespace, table: ExitTable, costs: NDArray[Any], model: Classifier) -> ExitPolicy:
     if args.temperatures:
         table = _calibrated(table, table)
-    target = {}
+    target: dict[str, Any] = {}
     if args.budget is not None:
         target["budget"] = parse_budget(args.budget, costs)
     elif args.drop is not None:
@@ -125,7 +126,7 @@ def _solved(args: argparse.Namespace, table: ExitTable, costs: np.ndarray, model
 
 
 def _certified(
-    args: argparse.Namespace, table: ExitTable, costs: np.ndarray, model: nn.Module
+    args: argparse.Namespace, table: ExitTable, costs: NDArray[Any], model: Classifier
 ) -> tuple[ExitPolicy, int | None]:
     """The certified policy, and how many images it would take to certify one under which somebody leaves early.
 
@@ -152,10 +153,11 @@ def _calibrated(table: ExitTable, fitting: ExitTable) -> ExitTable:
     """The table under temperatures fitted on another, or on itself."""
     if fitting.logits is None:
         raise ValueError("temperatures need a table with logits; collect it with keep_logits=True, as evaluate does.")
-    return table.with_confidence(temperatures=fit_temperatures(fitting.logits, fitting.target))
+    found = fit_temperatures(torch.as_tensor(fitting.logits), torch.as_tensor(fitting.target))
+    return table.with_confidence(temperatures=found)
 
 
-def _print(args: argparse.Namespace, policy: ExitPolicy, costs: np.ndarray, unit: str) -> None:
+def _print(args: argparse.Namespace, policy: ExitPolicy, costs: NDArray[Any], unit: str) -> None:
     about = policy.source
     print(
         f"{args.output}: accuracy {percent(about['accuracy'])}, mean cost {amount(about['cost'], unit)} "
@@ -181,7 +183,8 @@ def _nothing_certified(certificate: dict[str, Any], needed: int | None) -> str:
 
 def _about(policy: ExitPolicy) -> dict[str, Any]:
     blocks = {"source": policy.source, "certificate": policy.certificate, "max_exit": policy.max_exit}
-    return _without_digests(blocks)
+    about: dict[str, Any] = _without_digests(blocks)
+    return about
 
 
 def _without_digests(value: Any) -> Any:

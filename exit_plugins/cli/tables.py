@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ..exits.collecting import collect_exits
@@ -17,11 +17,12 @@ from ..exits.table import ExitTable
 from ..timm.data import ImageView
 from ..timm.images import UnreadableImage
 from .common import is_main, transformed
+from .models import Classifier
 
 _UNREADABLE = torch.iinfo(torch.int64).min  # target of an image that could not be read
 
 
-class _Tolerant(Dataset):
+class _Tolerant(Dataset[tuple[Any, int]]):
     """A view in which an unreadable image is a blank one with a target of its own, up to a number of them.
 
     So the batches are the same whatever can be read, and a run goes on from its part file. Each loader process counts
@@ -45,7 +46,7 @@ class _Tolerant(Dataset):
 
 
 def collect(
-    model: nn.Module,
+    model: Classifier,
     data: Any,
     args: argparse.Namespace,
     config: dict[str, Any],
@@ -59,7 +60,7 @@ def collect(
     With ``save`` the table is written there, and an interrupted run goes on where it was.
     """
     view, split = transformed(data, config), split or args.split
-    kept = np.arange(0)
+    kept: NDArray[Any] = np.arange(0)
 
     def finish(table: ExitTable) -> ExitTable:
         nonlocal kept
@@ -68,7 +69,7 @@ def collect(
         check_table(table, model)
         return table
 
-    dataset = _Tolerant(view, config["input_size"], args.max_bad) if isinstance(data, ImageView) else view
+    dataset = _Tolerant(view, config["input_size"], args.max_bad) if isinstance(view, ImageView) else view
     table = collect_exits(
         model,
         DataLoader(dataset, args.batch_size, num_workers=args.workers),
@@ -89,7 +90,7 @@ def collect(
     return table, data.subset(kept) if isinstance(data, ImageView) else data
 
 
-def _readable(table: ExitTable, view: Any, args: argparse.Namespace) -> np.ndarray:
+def _readable(table: ExitTable, view: Any, args: argparse.Namespace) -> NDArray[Any]:
     """Places of the samples that could be read; the others are named.
 
     ``view`` gives what the model reads: clips are files until then, and show only then that they are damaged.
@@ -110,7 +111,7 @@ def _readable(table: ExitTable, view: Any, args: argparse.Namespace) -> np.ndarr
     return good
 
 
-def check_table(table: ExitTable, model: nn.Module) -> None:
+def check_table(table: ExitTable, model: Classifier) -> None:
     """ValueError unless the table is of such a model: its exits, its classes and, where recorded, its name."""
     found = describe_model(model)
     if table.num_exits != model.num_exits:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,9 +28,9 @@ class ImageView(Dataset):
     """
 
     base: Dataset
-    index: Sequence[int] | None = None
+    index: NDArray[Any] = None  # type: ignore[assignment]  # all of them, once it is made
     transform: Callable | None = None
-    classes: Sequence[str] | None = None
+    classes: Sequence[str] = None  # type: ignore[assignment]  # the base's, once it is made
     channels: int | None = 3
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class ImageView(Dataset):
         """Whether its samples are clips, sequences of PIL images, and not images."""
         return getattr(self.base, "holds_clips", False)
 
-    def subset(self, index: Sequence[int]) -> "ImageView":
+    def subset(self, index: Sequence[int] | NDArray[Any]) -> "ImageView":
         """The samples at these places of the view (integers, or a boolean mask)."""
         return replace(self, index=self.index[np.asarray(index)])
 
