@@ -12,11 +12,12 @@ ONLY ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all demo test test-hosts experiments experiments-small fuzz lint clean test-lowest docs
+.PHONY: help install install-all demo test test-fast test-hosts experiments experiments-small fuzz lint clean test-lowest docs
 
 help:
 	@echo "make demo        install what it needs, train a small early-exit model, draw its budget curve (DATA=folder for your images)"
 	@echo "make test        install everything, run the tests and the linters"
+	@echo "make test-fast   the tests that take no compiling, no other process and no long time: three minutes"
 	@echo "make test-hosts  run the hosts' own test files over every model of this package"
 	@echo "make experiments run what is missing of docs/results.md, going on where it stopped (EXPERIMENTS_DATA=folder ONLY=name)"
 	@echo "make fuzz        damage thousands of files of every kind, kill every writer at thirty points (long)"
@@ -47,6 +48,10 @@ $(VENV)/.installed-all: pyproject.toml $(VENV)/.installed $(VENV)/.mmcv
 	$(BIN)/python -c "import exit_plugins.mmdet, mmcv.ops, mmdet, peft, transformers, onnxruntime, openvino"
 	touch $@
 
+$(VENV)/.installed-fast: pyproject.toml $(VENV)/.installed
+	$(PIP) install -e ".[peft,plots,test]"
+	touch $@
+
 demo: install
 	$(BIN)/python examples/demo.py --data $(DATA) --output runs/demo
 
@@ -57,8 +62,12 @@ demo: install
 
 # The crash tests fork, which must not happen beside the threads that other tests have left running.
 test: install-all .hosts/.fetched lint
-	$(BIN)/python -m pytest tests --ignore=tests/exits/test_crash.py --ignore=tests/exits/test_crash_training.py --ignore=tests/exits/test_files.py
+	$(BIN)/python -m pytest tests --durations=15 --ignore=tests/exits/test_crash.py --ignore=tests/exits/test_crash_training.py --ignore=tests/exits/test_files.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exits/test_crash.py tests/exits/test_crash_training.py tests/exits/test_files.py
+
+# Without MMDetection's compiled operators, without other processes, without what is marked slow (tests/conftest.py).
+test-fast: $(VENV)/.installed-fast
+	$(BIN)/python -m pytest tests -m "not slow" --durations=15
 
 test-hosts: install-all .hosts/.fetched
 	$(BIN)/python tests/hosts/run.py --all

@@ -3,12 +3,45 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+TESTS = Path(__file__).parent
+
+# Whole folders and files that are slow, and so no part of `make test-fast`: they compile, export, train as users do,
+# start other processes, or need MMDetection's compiled operators. A single slow test is marked where it stands.
+SLOW = (
+    "examples",
+    "exits/export",
+    "exits/test_compile.py",
+    "exits/test_crash.py",
+    "exits/test_crash_training.py",
+    "exits/test_threads.py",
+    "fuzz",
+    "hosts",
+    "mmdet",
+    "peft/test_any_timm.py",
+    "peft/test_trainers.py",
+    "timm/test_contract.py",
+    "timm/test_dvt_options.py",
+    "timm/test_dynperceiver_options.py",
+    "timm/test_earlyon.py",
+    "timm/test_predictor.py",
+    "timm/test_train.py",
+    "timm/test_weights.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = [TESTS / name for name in SLOW]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ def loaded_by(statement: str) -> set[str]:
     return set(out.stdout.split())
 
 
+@pytest.mark.slow
 def test_importing_loads_no_other_host_and_no_plotting():
     loaded = loaded_by("import exit_plugins")
     heavy = {"peft", "transformers", "accelerate", "mmdet", "mmengine", "mmcv", "matplotlib", "sklearn", "onnx"}
@@ -39,11 +40,13 @@ def test_unknown_name_is_an_attribute_error():
         exit_plugins.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_rooms_import_only_rooms_below_them():
     importlinter = pytest.importorskip("importlinter.cli")
     assert importlinter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
 
 
+@pytest.mark.slow
 def test_versions_agree():
     out = subprocess.run(
         [sys.executable, "-m", "exit_plugins", "--version"], capture_output=True, text=True, check=True, env=os.environ

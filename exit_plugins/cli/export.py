@@ -10,6 +10,7 @@ example:
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import numpy as np
 
 from ..exits import export
 from ..exits.collecting import collect_exits
-from ..exits.deprecation import warn_old
 from ..exits.policy import ExitPolicy, weights_digest
 from .common import add_data_arguments, add_json_argument, make_loader, open_data, percent, print_json, print_table
 from .models import (
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     policy = ExitPolicy.load(args.policy)
     if args.format:
-        warn_old("--format", "write --runtime")
+        print("warning: --format goes in the next release; write --runtime.", file=sys.stderr)
     runtime = args.runtime or args.format or "onnx"
     if args.single_file and (runtime != "onnx" or args.int8):
         raise ValueError("--single-file is one float32 ONNX file; leave out --runtime openvino and --int8.")

@@ -63,6 +63,7 @@ def test_own_shares_lead_to_the_same_thresholds(golden):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="asks MKL for results that are alike everywhere")
+@pytest.mark.slow
 def test_shares_equal_the_released_ones_bit_for_bit_in_mkl_compatible_arithmetic(golden):
     script = (
         "import sys; from exit_plugins.exits.thresholds import sweep_shares; "

@@ -69,6 +69,7 @@ torch.save([exits, list(merged)], {out!r})
 """
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_in_a_fresh_process(tmp_path):
     dyn = make()
     before = digest(dyn.backbone)

@@ -90,6 +90,7 @@ def exits(model):
     return torch.stack(list(model.forward_exits(make_images())))
 
 
+@pytest.mark.slow
 def test_every_option_comes_back_in_a_fresh_process(tmp_path):
     expected = {}
     for name, config in OPTIONS.items():
