@@ -65,7 +65,8 @@ def code_of(page: str) -> str:
 
 def test_no_page_is_left_out():
     pages = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-    assert {page for page in pages if code_of(page)} == set(PAGES)
+    elsewhere = {"docs/new_architecture.md"}  # a whole file, tried in tests/timm/test_new_architecture.py
+    assert {page for page in pages if code_of(page)} == set(PAGES) | elsewhere
 
 
 @pytest.mark.parametrize("page", PAGES)
