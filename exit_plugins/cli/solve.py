@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from ..exits.confidence import fit_temperatures
 from ..exits.control import cap_policy
-from ..exits.digests import SampleRecord
 from ..exits.policy import ExitPolicy
 from ..exits.risk import LOSSES, RISK_METHODS, certify, samples_needed
+from ..exits.samples import SampleRecord
 from ..exits.table import ExitTable
 from ..exits.thresholds import METHODS, SWEEPS, policy_path, solve_thresholds
 from .common import (

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .costs import check_costs, exit_counts
-from .digests import SampleRecord
 from .policy import ExitPolicy
+from .samples import SampleRecord
 
 __all__ = ["BudgetController", "ExitDrift", "ExitRateMonitor", "cap_policy"]
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from .confidence import check_measure, check_temperatures
 from .costs import check_costs
-from .digests import SampleRecord, describe_checked, describe_model, weights_digest
+from .digests import describe_checked, describe_model, weights_digest
 from .files import atomic_write
 from .protocol import AnyModel, MultiExitModule, check_multi_exit
 from .reading import reading, strict_json
+from .samples import SampleRecord
 from .schema import CERTIFICATE, MODEL, SOURCE, Numbers, check_fields, numbers, plain
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ExitPolicy:
         model: what ``describe_model`` said of the model it was made for, with the digest of its ``weights``, the
             ``input_size`` and the names of the ``classes`` where they are known; None for a policy made by hand.
         source: where it comes from: method, budget, samples, expected accuracy and cost. ``source["samples"]`` is a
-            ``digests.SampleRecord`` in JSON, so that ``overlap`` can tell which samples were used.
+            ``samples.SampleRecord`` in JSON, so that ``overlap`` can tell which samples were used.
         certificate: a guarantee from ``exits.risk``, or None.
         max_exit: a hard cap: no sample goes beyond this exit (0-based), whatever its confidence, NaN included. None
             for no cap. No sample ever costs more than ``costs[max_exit]``.

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .digests import SampleRecord
 from .policy import ExitPolicy, check_same_confidence
+from .samples import SampleRecord
 from .table import ExitTable
 
 __all__ = ["LOSSES", "RISK_METHODS", "certified_step", "certify", "path_losses", "samples_needed", "wsr_bound"]
@@ -160,6 +160,12 @@ def certified_step(
     return int(unsafe[-1]) + 1 if len(unsafe) else 0
 
 
+def _drawn_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str, seed: int) -> NDArray[Any]:
+    """``path_losses`` with the samples in the order that ``seed`` draws."""
+    order = np.random.default_rng(seed).permutation(table.num_samples)
+    return path_losses(path, table, loss)[:, order]
+
+
 def certify(
     path: Sequence[ExitPolicy],
     table: ExitTable,
@@ -205,8 +211,7 @@ def certify(
             f"the path was solved on {shared} of these {table.num_samples} samples; certify on a split apart, see "
             "ExitTable.split."
         )
-    order = np.random.default_rng(seed).permutation(table.num_samples)
-    losses = path_losses(path, table, loss)[:, order]
+    losses = _drawn_losses(path, table, loss, seed)
     low, high = LOSSES[loss][1:]
     step = certified_step(losses, epsilon, delta, method, (low, high))
     certificate = {
@@ -248,8 +253,7 @@ def samples_needed(
     early = [policy for policy in path if (policy.thresholds[:-1] != np.inf).any()]
     if not early or table.num_samples == 0:
         return None
-    order = np.random.default_rng(seed).permutation(table.num_samples)
-    losses = path_losses([early[-1], path[-1]], table, loss)[:, order]
+    losses = _drawn_losses([early[-1], path[-1]], table, loss, seed)
     if losses[0].mean() >= epsilon:
         return None
 

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .samples import SampleRecord
+
 __all__ = [
     "CERTIFICATE",
     "MODEL",
@@ -145,8 +147,6 @@ def _is_gap(value: Any) -> bool:
 
 
 def _is_samples(value: Any) -> bool:
-    from .digests import SampleRecord
-
     try:
         return SampleRecord.of_json(value) is not None
     except ValueError:

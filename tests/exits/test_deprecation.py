@@ -15,6 +15,7 @@ from exit_plugins.exits import export
 @pytest.mark.parametrize(
     ("old", "name", "new"),
     [
+        ("digests", "SampleRecord", "samples"),
         ("table", "collect_exits", "collecting"),
         ("evaluation", "cka", "similarity"),
         ("evaluation", "calibration", "calibration"),

@@ -8,8 +8,9 @@ from small_tables import costs_of, realistic_table
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from exit_plugins import ExitPolicy, ExitTable, collect_exits, solve_thresholds
-from exit_plugins.exits.digests import SampleRecord, describe_model, sample_digests, weights_digest
+from exit_plugins.exits.digests import describe_model, sample_digests, weights_digest
 from exit_plugins.exits.risk import certify
+from exit_plugins.exits.samples import SampleRecord
 from exit_plugins.exits.thresholds import policy_path
 
 

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from ..costs import check_costs
 from ..deprecation import warn_old
-from ..digests import SampleRecord, describe_model
+from ..digests import describe_model
 from ..policy import ExitPolicy, check_same_model
 from ..protocol import AnyModel
+from ..samples import SampleRecord
 from ..table import ExitTable
 from .methods import METHODS
 from .split import Point, Split, Target, exit_shares
