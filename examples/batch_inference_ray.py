@@ -11,6 +11,7 @@ that are there already are not answered again. At the end the shares of the exit
 import argparse
 import hashlib
 import json
+import time
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -31,10 +32,12 @@ class BlockWriter:
         self.batch_size, self.predictor = batch_size, BatchPredictor(**predictor)
 
     def __call__(self, block: dict) -> dict:
+        start = time.perf_counter()
         answered = [pa.table(self.predictor(batch)) for file in block["files"] for batch in self.batches(file)]
         with atomic_path(block["target"]) as temporary:
             parquet.write_table(pa.concat_tables(answered), temporary)
-        return {"target": block["target"], "images": sum(map(len, answered))}
+        seconds = time.perf_counter() - start
+        return {"target": block["target"], "images": sum(map(len, answered)), "seconds": seconds}
 
     def batches(self, files: list[str]):
         if files[0].endswith(".parquet"):
@@ -56,6 +59,13 @@ def blocks(args: argparse.Namespace, options: dict) -> list[dict]:
     return found
 
 
+def answered_by_actors(left: list[dict], workers: int, **predictor) -> ray.data.Dataset:
+    """A row for each block that was written, as they come."""
+    pool = ray.data.ActorPoolStrategy(size=min(workers, len(left)))
+    data = ray.data.from_items(left, override_num_blocks=len(left))
+    return data.map(BlockWriter, fn_constructor_kwargs=predictor, compute=pool)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
@@ -75,13 +85,8 @@ def main() -> None:
     print(f"{len(every)} blocks, {len(every) - len(left)} of them answered already")
     if left:
         ray.init(address=args.address, num_cpus=None if args.address else args.workers, include_dashboard=False)
-        written = ray.data.from_items(left, override_num_blocks=len(left)).map(
-            BlockWriter,
-            fn_constructor_kwargs={"batch_size": args.batch_size, **options},
-            compute=ray.data.ActorPoolStrategy(size=min(args.workers, len(left))),
-        )
-        for row in written.iter_rows():
-            print(f"{row['images']} images: {row['target']}")
+        for row in answered_by_actors(left, args.workers, batch_size=args.batch_size, **options).iter_rows():
+            print(f"{row['images']} images in {row['seconds']:.2f} s: {row['target']}")
     exits: dict[int, int] = {}
     for block in every:
         for entry in compute.value_counts(parquet.read_table(block["target"], columns=["exit"])["exit"]).to_pylist():
