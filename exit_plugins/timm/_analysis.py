@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._trace import trace_network
+from ._trace import last_node, trace_network
 
 __all__ = ["Analysis", "Border", "CannotCut", "Cut", "analyse", "feature_info", "map_layout", "pool_features"]
 
@@ -166,7 +166,7 @@ class Analysis:
 
     @property
     def total_macs(self) -> float:
-        return self.macs[next(reversed(self.graph.nodes))]
+        return self.macs[last_node(self.graph)]
 
     def end_of(self, name: str) -> tuple[int, Any]:
         """Position in the graph behind the module ``name``, and what it returned as nodes."""

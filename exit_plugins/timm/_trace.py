@@ -37,6 +37,11 @@ class _Entry(nn.Module):
         return self.net(x) if self.method == "forward" else getattr(self.net, self.method)(x)
 
 
+def last_node(graph: fx.Graph) -> fx.Node:
+    """The newest node of a graph."""
+    return next(iter(reversed(graph.nodes)))  # of torch 2.6 reversed nodes are no iterator
+
+
 class _Tracer(fx.Tracer):
     """Records a graph, and for every module that ran what it returned and which node was the last by then."""
 
@@ -50,7 +55,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         name = self.path_of_module(m)
-        last = next(reversed(self.graph.nodes))
+        last = last_node(self.graph)
         if self.opens(name, m):
             try:
                 output = forward(*args, **kwargs)
@@ -65,7 +70,7 @@ class _Tracer(fx.Tracer):
                 output = self.create_proxy("call_module", name, args, kwargs)
         else:
             output = self.create_proxy("call_module", name, args, kwargs)
-        self.calls.setdefault(name, []).append((output, next(reversed(self.graph.nodes))))
+        self.calls.setdefault(name, []).append((output, last_node(self.graph)))
         return output
 
     def create_arg(self, a):
