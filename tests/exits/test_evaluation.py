@@ -1,13 +1,9 @@
 import numpy as np
 import pytest
-import torch
-from sklearn.metrics import roc_auc_score
 from small_tables import costs_of, naive_run, realistic_table
 
 from exit_plugins import ExitPolicy, ExitTable, anytime_curve, budgeted_curve
-from exit_plugins.exits.calibration import calibration
 from exit_plugins.exits.evaluation import bootstrap_interval, ensemble_curve, evaluate_policy
-from exit_plugins.exits.similarity import cka, cka_matrix
 
 
 def test_anytime_curve_is_the_accuracy_of_each_exit():
@@ -92,66 +88,6 @@ def test_empty_table_and_tables_of_two_models_are_refused():
         anytime_curve(ExitTable(np.zeros((2, 0)), np.zeros((2, 0)), np.zeros(0)))
     with pytest.raises(ValueError, match="not of one model"):
         budgeted_curve(realistic_table(3, 9), realistic_table(4, 9), costs_of(3), 3)
-
-
-def test_expected_calibration_error_equals_its_definition():
-    table = realistic_table(2, 500)
-    for k, found in enumerate(calibration(table, bins=10)):
-        ece = 0.0
-        for b in range(10):
-            members = (table.confidence[k] > b / 10) & (table.confidence[k] <= (b + 1) / 10)
-            if members.any():
-                gap = abs(table.confidence[k][members].mean() - table.correct[k][members].mean())
-                ece += members.mean() * gap
-        assert found.ece == pytest.approx(ece, rel=1e-5)
-        assert found.auroc == pytest.approx(roc_auc_score(table.correct[k], table.confidence[k]))
-
-
-def test_risk_coverage_area_equals_its_definition_and_does_not_depend_on_the_order_of_ties():
-    table = realistic_table(1, 60)
-    order = np.argsort(-table.confidence[0])
-    errors = [np.mean(~table.correct[0][order[: i + 1]]) for i in range(60)]
-    assert calibration(table)[0].aurc == pytest.approx(np.mean(errors))
-    tied = ExitTable(np.full((1, 4), 0.5), [[0, 0, 1, 1]], [0, 0, 0, 0])
-    assert calibration(tied)[0].aurc == pytest.approx(0.5)
-    assert calibration(tied.subset(np.array([3, 1, 0, 2])))[0].aurc == pytest.approx(0.5)
-
-
-def test_failure_prediction_is_undefined_when_all_are_right():
-    table = ExitTable([[0.2, 0.9]], [[1, 1]], [1, 1])
-    assert np.isnan(calibration(table)[0].auroc)
-    assert calibration(table)[0].to_dict()["auroc"] is None
-
-
-def centred_alignment(x: np.ndarray, y: np.ndarray) -> float:
-    """CKA from its definition by the Hilbert-Schmidt criterion with an explicit centring matrix."""
-    n = len(x)
-    centre = np.eye(n) - np.full((n, n), 1 / n)
-
-    def hsic(a, b):
-        return np.trace(a @ a.T @ centre @ b @ b.T @ centre)
-
-    return hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
-
-
-@pytest.mark.parametrize("width", [3, 60])  # fewer and more features than samples
-def test_cka_equals_its_definition(width):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, width)), rng.normal(size=(40, 5))
-    assert cka(x, y) == pytest.approx(centred_alignment(x, y))
-
-
-def test_cka_ignores_rotation_scale_and_shift_and_takes_labels_one_hot():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(30, 4))
-    rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
-    assert cka(x, torch.tensor(3 * x @ rotation + 7)) == pytest.approx(1.0)
-    labels = rng.integers(3, size=30)
-    assert cka(x, labels) == pytest.approx(centred_alignment(x, np.eye(3)[labels]))
-    assert np.isnan(cka(np.ones((30, 2)), x))
-    matrix = cka_matrix([x, x[:, :2]], labels)
-    assert matrix.shape == (3, 3) and (matrix == matrix.T).all() and (np.diag(matrix) == 1).all()
-    assert matrix[0, 1] == pytest.approx(cka(x, x[:, :2]))
 
 
 def test_ensemble_curve_weighs_exits_by_their_cost():
