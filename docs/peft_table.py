@@ -56,6 +56,10 @@ SETTINGS = {
 }
 
 
+def first_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].partition(". ")[0]
+
+
 def attempt(method: str, backbone: str) -> str:
     """What came of one method over one backbone, in a few words."""
     make, layers, alike = BACKBONES[backbone]
@@ -68,7 +72,7 @@ def attempt(method: str, backbone: str) -> str:
         config = config_class(**settings)
         dyn = get_dyn_peft_model(make(), config, DynConfig(dropout_shallow=None, dropout_deep=None, mask=None))
     except Exception as error:
-        return f"refused: {str(error).strip().splitlines()[0].partition('. ')[0]}"
+        return f"refused: {first_sentence(error)}"
     size = 32 if "EfficientNet" not in backbone else 64
     x, target = torch.randn(3, 3, size, size), torch.tensor([0, 3, 4])
     try:
@@ -86,7 +90,7 @@ def attempt(method: str, backbone: str) -> str:
             try:
                 merged = torch.stack(loaded.merge_and_unload().forward_exits(x))
             except Exception as error:
-                return f"works; not merged: {str(error).strip().splitlines()[0].partition('. ')[0]}"
+                return f"works; not merged: {first_sentence(error)}"
             torch.testing.assert_close(merged, exits, atol=1e-4, rtol=1e-3)
     except Exception as error:
         return f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0]}"

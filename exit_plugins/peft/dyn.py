@@ -75,6 +75,17 @@ class DynPeftModel(ExitModel, PeftModel):
                 f"target_modules={peft_config.target_modules} and the settings beside it name no module that can be "
                 f"adapted in this {type(model).__name__}. Layers in {unit} are called: {', '.join(names)}."
             ) from error
+        except (KeyError, IndexError, AttributeError, RuntimeError) as error:
+            # Many methods find out while they build that layers are not what they are made for.
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            targets = peft_config.target_modules
+            raise ValueError(
+                f"PEFT's {peft_config.peft_type.value} cannot adapt "
+                f"{', '.join(sorted(targets)) if isinstance(targets, set | list) else targets} of this "
+                f"{type(model).__name__}: it failed on them by {type(error).__name__}: {error}. Some methods are for "
+                "linear layers only, or for layers that all have one shape: choose other target_modules."
+            ) from error
         self._check_called(family)
         self.family = family
         self.dyn_config: dict[str, DynConfig] = {}

@@ -128,6 +128,11 @@ def test_merging_into_a_standardised_weight_is_refused():
         assert torch.equal(model(x), before)
 
 
+def test_a_method_that_trips_over_the_layers_is_named_with_them():
+    with pytest.raises(ValueError, match=r"PEFT's TINYLORA cannot adapt .*conv_pwl.* of this EfficientNet: it failed"):
+        any_adapted.adapt("test_efficientnet", peft.TinyLoraConfig(target_modules=["conv_pwl"]))
+
+
 def test_what_cannot_be_cut_says_so():
     with pytest.raises(ValueError, match="exits of its own"):
         get_dyn_peft_model(timm.create_model("dynperceiver_test"), LoraConfig())
