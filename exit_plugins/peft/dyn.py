@@ -79,7 +79,7 @@ class DynPeftModel(ExitModel, PeftModel):
             # Many methods find out while they build that layers are not what they are made for.
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            targets = peft_config.target_modules
+            targets = getattr(peft_config, "target_modules", None)
             raise ValueError(
                 f"PEFT's {peft_config.peft_type.value} cannot adapt "
                 f"{', '.join(sorted(targets)) if isinstance(targets, set | list) else targets} of this "
