@@ -7,6 +7,7 @@ Give so many images that start-up is below 5 % of the run; what it was is printe
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ray
 from batch_inference_ray import answered_by_actors
 from serve_load import pictures
+
+EXAMPLES = sys.path[0]
 
 
 def measure(source: str, images: int, workers: int, block_size: int, batch_size: int) -> dict:
@@ -31,6 +34,8 @@ def measure(source: str, images: int, workers: int, block_size: int, batch_size:
             names = [files[i % len(files)] for i in range(first, min(first + block_size, images))]
             batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
             blocks.append({"files": batches, "target": str(Path(folder, f"{first}.parquet"))})
+        # The workers import the actor's class from there too.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [EXAMPLES, os.environ.get("PYTHONPATH")]))
         start = time.perf_counter()
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
         startup, answering = None, 0.0
