@@ -54,7 +54,7 @@ def main() -> None:
     policy = forced_policy(table.confidence, [0.25, 0.25, 0.25])
     theirs.config.confidence_thresholds = [float(t) for t in policy.thresholds[:-1]]
     fused = AdaptiveModel(ours, policy, fuse=True)
-    adaptive = AdaptiveModel(ours, policy)
+    adaptive = AdaptiveModel(ours, policy, fuse=False)
     out = adaptive(pool)
     agree = sum(theirs(x[None]).exit_taken % 4 == int(k) for x, k in zip(pool, out.exit_index, strict=True))
     print(f"{agree} of {len(pool)} images leave at the same exit")

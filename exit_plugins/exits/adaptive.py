@@ -5,7 +5,8 @@ import copy
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Plan(NamedTuple):
 
 # CUDA graphs read and write memory of their own: one call at a time.
 _GRAPHS = threading.RLock()
+_REFRESHING = threading.RLock()
+_ADDRESS, _VERSION = Tensor.data_ptr, attrgetter("_version")
 
 
 class AdaptiveModel(nn.Module):
@@ -57,15 +60,21 @@ class AdaptiveModel(nn.Module):
         policy: thresholds for it, checked against the model.
         compile: compile every segment, once for all batch sizes (and CUDA graphs on a GPU), see
             ``exits.compiled.CompiledSegments``. Compilation happens on first use.
-        fuse: run a copy of the model made for inference: batch norms folded into convolutions where the model has a
-            ``fuse()``, weights in channels_last. ``model`` itself stays as it is, and training it further does not
-            change the copy.
+        fuse: run a copy of the model made for inference: norms folded into the layers beside them where the model has
+            a ``fuse()``, weights in channels_last. The copy gives the same logits up to rounding (1e-5 of their
+            scale), so that a sample may leave elsewhere only where its confidence is that near to a threshold. It
+            takes the memory of the weights once more; ``model`` itself stays as it is. By default (None) models that
+            have a ``fuse()`` run in it; True copies any model and fails where that fails; False runs ``model`` itself.
         dtype: run in mixed precision of this type (``torch.bfloat16``, ``torch.float16``), as under torch.autocast.
 
     ``forward(images (B, C, H, W))``, or clips (B, T, C, H, W) where the model takes them, returns an ExitOutput in the
     order of the batch; an empty batch returns an empty one. Images are taken to the precision of the model's weights.
     Samples whose confidence is NaN never leave early; those whose logits are NaN at the last exit are reported by a
     RuntimeWarning.
+
+    When the weights change (training goes on, ``load_state_dict``, ``to``), the copy is made anew at the next call:
+    every call looks at the version counter and the address of each tensor. What bypasses both, writing through
+    ``tensor.data`` or putting other modules in place, is not seen: call ``refresh`` then.
 
     Samples that left are dropped at every exit, or, once ``time_segments`` has timed them, wherever that costs less
     than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
@@ -79,16 +88,17 @@ class AdaptiveModel(nn.Module):
         policy: ExitPolicy,
         *,
         compile: bool = False,
-        fuse: bool = False,
+        fuse: bool | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checked = policy.check_model(model)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"mixed precision runs in torch.bfloat16 or torch.float16, got {dtype}.")
-        self.model = inference_copy(checked) if fuse else checked
-        # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
-        self.__dict__["runner"] = CompiledSegments(self.model) if compile else self.model
+        self.model = checked
+        self.compiles = compile
+        self.fused = callable(getattr(checked, "fuse", None)) if fuse is None else fuse
+        self.refresh()
         self._plan = Plan.of(policy)
         self.dtype = None if dtype is torch.float32 else dtype
         self.times: SegmentTimes | None = None
@@ -128,9 +138,31 @@ class AdaptiveModel(nn.Module):
         warn_old("AdaptiveModel.measure", "call time_segments")
         return self.time_segments(images, repeats)
 
+    def refresh(self) -> None:
+        """Make the form that runs from the weights as they are now; calls do so when they see that those changed."""
+        with _REFRESHING, torch.inference_mode(False), torch.no_grad():
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            self._read = [tensor for tensor in tensors if self.fused and not tensor.is_inference()]
+            self._seen = self._weights()
+            form = inference_copy(self.model) if self.fused else self.model
+            # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
+            self.__dict__["runner"] = CompiledSegments(form) if self.compiles else form
+
+    def _weights(self) -> tuple[Any, ...]:
+        """What differs from earlier when weights that were read have been written or moved since."""
+        kind = (self.model.num_exits, getattr(self.model, "num_classes", None))
+        return (*kind, *map(_ADDRESS, self._read), *map(_VERSION, self._read))
+
     @contextlib.contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        """Where segments of the ``runner`` are run on ``device``: their precision, and one at a time as CUDA graphs."""
+        """Where segments of the ``runner`` are run on ``device``: of the weights as they are, in their precision.
+
+        CUDA graphs run in one thread at a time.
+        """
+        if self.fused and self._weights() != self._seen:
+            with _REFRESHING:
+                if self._weights() != self._seen:  # no other thread was faster
+                    self.refresh()
         graphs = device.type == "cuda" and isinstance(self.runner, CompiledSegments)
         precision = torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext()
         with precision, _GRAPHS if graphs else contextlib.nullcontext():

@@ -189,7 +189,7 @@ class FrameStream:
                 "this model's shift takes channels from the next frame too, which a stream does not have yet; build "
                 "(and train) it with online=True."
             )
-        self.adaptive = AdaptiveModel(frames, policy)
+        self.adaptive = AdaptiveModel(frames, policy, fuse=False)
         self.reset()
 
     def reset(self) -> None:

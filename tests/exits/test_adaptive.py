@@ -64,7 +64,7 @@ def test_equals_choosing_afterwards(case, batch):
         expected = torch.tensor(
             [next((k for k, t in enumerate(early) if sure[k, n] >= t), len(early)) for n in range(len(images))]
         )
-        with CountedRows(model) as counted:
+        with CountedRows(adaptive.runner) as counted:
             parts = [adaptive(chunk) for chunk in images.split(batch)]
         found = torch.cat([p.exit_index for p in parts])
         assert found.tolist() == expected.tolist(), name
@@ -94,8 +94,9 @@ def test_the_state_of_some_samples_resumes_at_every_exit(case):
 
 def test_empty_batch(case):
     model, images, _, sure = case
-    with CountedRows(model) as counted:
-        out = AdaptiveModel(model, ExitPolicy([0.5] * len(sure)))(images[:0])
+    adaptive = AdaptiveModel(model, ExitPolicy([0.5] * len(sure)))
+    with CountedRows(adaptive.runner) as counted:
+        out = adaptive(images[:0])
     assert out.logits.shape == (0, 5) and out.exit_index.shape == out.confidence.shape == (0,)
     assert out.exit_index.dtype == torch.int64 and out.confidence.dtype == torch.float32
     assert counted.rows == [0] * len(sure)
@@ -249,15 +250,60 @@ def test_an_inference_copy_answers_alike_and_leaves_the_model_trainable(case):
     early = mixes(sure)["half"]
     before = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
     fused = AdaptiveModel(model, ExitPolicy([*early, 0]), fuse=True)
-    out, plain = fused(images), AdaptiveModel(model, ExitPolicy([*early, 0]))(images)
+    out, plain = fused(images), AdaptiveModel(model, ExitPolicy([*early, 0]), fuse=False)(images)
     assert torch.equal(out.exit_index, plain.exit_index)
     torch.testing.assert_close(out.logits, plain.logits, atol=1e-4, rtol=0)
-    assert fused.model is not model
+    assert fused.model is model and fused.runner is not model
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name][0]) and value.stride() == before[name][1], name
     model.train()(images)[0].sum().backward()
     model.eval().zero_grad()
     model.load_state_dict({name: value for name, (value, _) in before.items()})
+
+
+def test_models_with_a_form_for_inference_run_in_it(case):
+    model, images, _, sure = case
+    has_form = hasattr(model, "fuse")
+    policy = ExitPolicy([*mixes(sure)["half"], 0])
+    adaptive, plain = AdaptiveModel(model, policy), AdaptiveModel(model, policy, fuse=False)
+    assert adaptive.model is model and (adaptive.runner is not model) == has_form and plain.runner is model
+    assert adaptive.state_dict().keys() == plain.state_dict().keys()
+    out, expected = adaptive(images), plain(images)
+    assert torch.equal(out.exit_index, expected.exit_index)
+    torch.testing.assert_close(out.logits, expected.logits, atol=1e-5, rtol=1e-5)
+
+
+CHANGES = {
+    "load_state_dict": lambda model, other: model.load_state_dict(other.state_dict()),
+    "an optimiser's step": lambda model, other: [p.sub_(p.grad) for p in model.parameters() if p.grad is not None],
+    "running statistics": lambda model, other: model.train()(torch.randn(8, 3, 64, 64)) and model.eval(),
+    "another type": lambda model, other: model.double(),
+    "new heads": lambda model, other: model.reset_classifier(7),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change_later_are_those_that_answer(change):
+    torch.manual_seed(0)
+    model, other = (timm.create_model("dynperceiver_test", num_classes=5).eval() for _ in range(2))
+    images = torch.randn(6, 3, 64, 64)
+    adaptive = AdaptiveModel(model, ExitPolicy([float("inf")] * 4))
+    before, form = adaptive(images), adaptive.runner
+    assert torch.equal(adaptive(images).logits, before.logits) and adaptive.runner is form  # nothing changed: no copy
+    torch.stack(model.forward_exits(images)).sum().backward()
+    with torch.no_grad():
+        CHANGES[change](model, other)
+        expected = model(images.to(next(model.parameters()).dtype))
+    assert (
+        expected.dtype != before.logits.dtype
+        or expected.shape != before.logits.shape
+        or not torch.allclose(expected.float(), before.logits, atol=1e-3)
+    )
+    torch.testing.assert_close(adaptive(images).logits, expected, atol=1e-5, rtol=1e-5)
+    # What no counter sees has to be said.
+    model.heads[-1].fc.bias.data.add_(1.0)
+    adaptive.refresh()
+    torch.testing.assert_close(adaptive(images).logits, expected + 1.0, atol=1e-5, rtol=1e-5)
 
 
 def test_mixed_precision_and_other_weights(case):

@@ -74,8 +74,9 @@ def test_costs_tables_policies_and_adaptive_runs_take_clips(models):
     policy = ExitPolicy([between(row) for row in table.confidence])
     leaves = policy.choose(table.confidence)
     assert len(set(leaves)) > 1
-    with CountedRows(model) as counted:
-        out = AdaptiveModel(model, policy)(x)
+    adaptive = AdaptiveModel(model, policy)
+    with CountedRows(adaptive.runner) as counted:
+        out = adaptive(x)
     np.testing.assert_array_equal(out.exit_index, leaves)
     np.testing.assert_array_equal(out.logits.argmax(1), table.prediction[leaves, np.arange(24)])
     assert counted.rows == [int((leaves >= k).sum()) for k in range(model.num_exits)]
