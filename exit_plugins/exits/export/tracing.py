@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..protocol import MultiExitModule, State
+from .lowering import PlainOperations, simplify
 from .runtimes import leaf_names, require
 
 __all__ = ["onnx_segments"]
@@ -58,23 +59,24 @@ def onnx_segments(model: MultiExitModule, images: Tensor) -> Iterable[Any]:
         # oneDNN's choice of kernels would bind the batch to a range; the exported graph has no such kernels.
         with _quietly(), torch.backends.mkldnn.flags(enabled=False):
             try:
-                program = torch.export.export(segment, leaves, dynamic_shapes=dynamic)
+                with PlainOperations():
+                    program = torch.export.export(segment, leaves, dynamic_shapes=dynamic)
             except Exception as error:
                 raise ValueError(
                     f"segment {index} of {type(model).__name__} cannot be exported with a free batch size: "
                     f"{str(error).splitlines()[0]} (write x.shape[0] rather than len(x), and no branches on values)."
                 ) from error
             outputs = segment(*leaves)
-            yield torch.onnx.export(
+            written = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=_OPSET,
                 input_names=leaf_names(len(leaves)),
                 output_names=["logits", *(f"next_{i}" for i in range(len(outputs) - 1))],
                 verbose=False,
-                # onnxscript's rewriting got attention with random features wrong; the runtimes optimise themselves.
                 optimize=False,
             )
+            yield simplify(written)
         if index < model.num_exits - 1:
             state = model.begin_exits(state) if index == 0 else state
             _, state = model.forward_exit(index, state)

@@ -40,7 +40,10 @@ def verify_segments(model: MultiExitModule, exported: ExportedSegments, images: 
             _compare(f"exit {index} at batch {size}", mine, theirs)
     for name, policy in _trial_policies(model, images):
         for size in (1, len(images)):
-            mine, theirs = AdaptiveModel(exported, policy)(images[:size]), AdaptiveModel(model, policy)(images[:size])
+            mine, theirs = (
+                AdaptiveModel(exported, policy)(images[:size]),
+                AdaptiveModel(model, policy, fuse=False)(images[:size]),
+            )
             _compare_outputs(f"{name} at batch {size}", mine, theirs)
 
 
@@ -49,7 +52,7 @@ def verify_graph(model: MultiExitModule, policy: ExitPolicy, runner: GraphRunner
     """RuntimeError unless the one file answers as torch does, images (B, C, H, W) of several batch sizes."""
     for name, trial in _trial_policies(model, images, policy):
         for size in (1, 2, len(images)):
-            theirs = AdaptiveModel(model, trial)(images[:size])
+            theirs = AdaptiveModel(model, trial, fuse=False)(images[:size])
             _compare_outputs(f"{name} at batch {size}", runner(images[:size], trial.thresholds), theirs)
 
 
