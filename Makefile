@@ -17,7 +17,7 @@ JOBS ?= 2
 help:
 	@echo "make demo        install what it needs, train a small early-exit model, draw its budget curve (DATA=folder for your images)"
 	@echo "make test        install everything, run the tests and the linters"
-	@echo "make test-fast   the tests that take no compiling, no other process and no long time: three minutes"
+	@echo "make test-fast   the tests that take no compiling, no other process and no long time"
 	@echo "make test-hosts  run the hosts' own test files over every model of this package"
 	@echo "make experiments run what is missing of docs/results.md, going on where it stopped (EXPERIMENTS_DATA=folder ONLY=name)"
 	@echo "make fuzz        damage thousands of files of every kind, kill every writer at thirty points (long)"

@@ -16,6 +16,8 @@ TESTS = Path(__file__).parent
 # Whole folders and files that are slow, and so no part of `make test-fast`: they compile, export, train as users do,
 # start other processes, or need MMDetection's compiled operators. A single slow test is marked where it stands.
 SLOW = (
+    "cli/test_export_command.py",
+    "cli/test_predict_files.py",
     "examples",
     "exits/export",
     "exits/test_compile.py",
@@ -26,7 +28,10 @@ SLOW = (
     "hosts",
     "mmdet",
     "peft/test_any_timm.py",
+    "peft/test_pretrained_layouts.py",
+    "peft/test_timm_door.py",
     "peft/test_trainers.py",
+    "timm/test_any_model.py",
     "timm/test_contract.py",
     "timm/test_dvt_options.py",
     "timm/test_dynperceiver_options.py",

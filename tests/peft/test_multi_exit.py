@@ -157,6 +157,7 @@ def test_adaptive_inference_on_the_adapted_and_on_the_merged_model(images):
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_vit", "swin"])
+@pytest.mark.slow
 def test_merged_segments_can_be_exported(name, images):
     class Segment(nn.Module):
         def __init__(self, model, index):

@@ -23,6 +23,7 @@ def macs_of_exits(name: str, **options) -> np.ndarray:
     return exit_costs(model, model.default_cfg["input_size"]).macs / 1e6
 
 
+@pytest.mark.slow
 def test_the_published_costs():
     # Section III-B: anytime prediction at the last two exits on ImageNet.
     np.testing.assert_allclose(macs_of_exits("chase_step5")[-2:], [2150, 2600], rtol=0.015)
@@ -113,6 +114,7 @@ def test_global_attention_in_two_blocks():
 
 
 @pytest.mark.parametrize("options", [dict(gal_blocks=2, cam=False), dict(gal=False)], ids=str)
+@pytest.mark.slow
 def test_every_option_trains_compiles_and_exports(options):
     check_compiled(check_option("chase_test", options))
 
@@ -212,6 +214,7 @@ def costs_and_state(**kwargs) -> tuple[np.ndarray, dict]:
     return exit_costs(model, (3, 32, 32)).macs, model.state_dict()
 
 
+@pytest.mark.slow
 def test_ablations_change_what_they_should():
     macs, state = costs_and_state()
     plain_macs, plain = costs_and_state(cam=False)

@@ -197,6 +197,7 @@ def other_macs(model: DVT) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name, switches, stored, trainable, gmacs", TABLE)
+@pytest.mark.slow
 def test_parameters_and_macs_are_the_papers(name, switches, stored, trainable, gmacs):
     model = timm.create_model(name, device="meta", **switches).eval()
     assert sum(t.numel() for t in model.state_dict().values()) == stored
@@ -490,6 +491,7 @@ def test_stored_thresholds_become_policies(public_file, tmp_path):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_counted_memory_is_what_the_allocator_records(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
     benchmark = importlib.import_module("dvt_memory")

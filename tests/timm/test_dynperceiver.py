@@ -167,6 +167,7 @@ def test_public_weights_all_arrive(name):
 
 
 @pytest.mark.parametrize(("name", "params", "gmacs"), TABLE)
+@pytest.mark.slow
 def test_parameters_and_costs_are_the_papers(name, params, gmacs):
     model = timm.create_model(name, device="meta")
     assert sum(p.numel() for p in model.parameters()) == params

@@ -157,6 +157,7 @@ def test_fused_form_shifts_too(name):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_adaptive_runs_and_compiled_ones_agree():
     _, video = perceivers(num_frames=2)
     x = torch.randn(6, 2, 3, 64, 64)
