@@ -17,7 +17,9 @@ from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, Grayscale
 
+from ..exits.adaptive import AdaptiveModel
 from ..exits.costs import exit_costs, exit_latency
+from ..exits.policy import ExitPolicy
 from ..exits.protocol import AnyModel
 from ..exits.schema import plain
 from ..timm.clips import ClipTransform
@@ -170,7 +172,9 @@ def costs_of(args: argparse.Namespace, model: AnyModel, config: dict[str, Any]) 
     if args.cost == "macs":
         return exit_costs(model, size).macs, "MACs"
     batch = torch.randn((args.cost_batch, *size), generator=torch.Generator().manual_seed(0))
-    return exit_latency(model, batch) / args.cost_batch, "s"
+    # What will run: AdaptiveModel's form of the model, not the model as it is trained.
+    running = AdaptiveModel(model, ExitPolicy([math.inf] * model.num_exits)).runner
+    return exit_latency(running, batch) / args.cost_batch, "s"
 
 
 _AMOUNT = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|[kKMGT]?|ms|us|s)", re.IGNORECASE)
