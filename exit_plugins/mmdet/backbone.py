@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..timm import list_models
 from ..timm._checkpoints import describe_keys, fetch_checkpoint, read_checkpoint
-from ..timm._host import FeatureGetterNet
+from ..timm._host import FeatureGetterNet, TimmModel
 from ..timm.dynperceiver import checkpoint_filter_fn
 from ..timm.weights import packaged_weights
 from ._host import get_torch_safe_globals
@@ -54,7 +54,7 @@ class _TimmFeatures(BaseModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TimmModel,
         levels: Sequence[int],
         out_indices: Sequence[int],
         frozen_stages: int,
@@ -71,13 +71,13 @@ class _TimmFeatures(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self._stage_modules = [model.feature_info[level]["module"] for level in levels]
-        self.features = FeatureGetterNet(model, out_indices=[levels[index] for index in out_indices])
+        self.features = FeatureGetterNet(model, out_indices=tuple(levels[index] for index in out_indices))
         self.out_channels: tuple[int, ...] = tuple(self.features.feature_info.channels())
         self.out_strides: tuple[int, ...] = tuple(self.features.feature_info.reduction())
         self._freeze_stages()
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> TimmModel:
         """The timm model inside."""
         return self.features.model
 
@@ -111,7 +111,7 @@ class _TimmFeatures(BaseModule):
             ValueError: ``init_cfg`` is of another type, or the checkpoint does not fit: the message names the keys.
             FileNotFoundError: There is no such file.
         """
-        if self.init_cfg and not self.is_init:
+        if self.init_cfg and not self.is_init:  # type: ignore[has-type]  # a property of MMEngine's without types
             self._load_pretrained(**_check_init_cfg(self.init_cfg))
         self.is_init = True
 
@@ -143,11 +143,11 @@ class _TimmFeatures(BaseModule):
         self.model.load_state_dict({**self.model.state_dict(), **{key: state_dict[key] for key in own}})
         print_log(f"{type(self).__name__}: loaded all {len(own)} entries from {checkpoint}", logger="current")
 
-    def _reference_model(self) -> nn.Module:
+    def _reference_model(self) -> TimmModel:
         """The whole classification model on the meta device, for its names and shapes."""
         raise NotImplementedError
 
-    def _convert(self, state_dict: dict[str, Tensor], reference: nn.Module) -> dict[str, Tensor]:
+    def _convert(self, state_dict: dict[str, Tensor], reference: TimmModel) -> dict[str, Tensor]:
         """A classification checkpoint in the layout of ``reference``."""
         return state_dict
 
@@ -209,7 +209,7 @@ class DynPerceiver(_TimmFeatures):
             raise ValueError(f"features must be one of {', '.join(_FEATURES)}, got {features!r}.")
         model_args = dict(model_args or {})
         before_z2x = features == "before_z2x"
-        model = timm.create_model(arch, num_classes=0, features_before_z2x=before_z2x, **model_args)
+        model: TimmModel = timm.create_model(arch, num_classes=0, features_before_z2x=before_z2x, **model_args)
         if hasattr(model, "backbone") and frozen_stages >= 0:
             raise ValueError(
                 "over a given network frozen_stages has no meaning, as the network is one part: freeze all of it by "
@@ -225,10 +225,10 @@ class DynPerceiver(_TimmFeatures):
         self.arch = arch
         self._model_args = model_args
 
-    def _reference_model(self) -> nn.Module:
+    def _reference_model(self) -> TimmModel:
         return timm.create_model(self.arch, num_classes=0, device="meta", **self._model_args)
 
-    def _convert(self, state_dict: dict[str, Tensor], reference: nn.Module) -> dict[str, Tensor]:
+    def _convert(self, state_dict: dict[str, Tensor], reference: TimmModel) -> dict[str, Tensor]:
         if not hasattr(reference, "backbone"):
             return checkpoint_filter_fn(state_dict, reference)
         if "latent" in state_dict:
@@ -281,20 +281,20 @@ class TimmBackbone(_TimmFeatures):
                 "finds names."
             )
         model_args = dict(model_args or {})
-        model = timm.create_model(arch, num_classes=0, **model_args)
+        model: TimmModel = timm.create_model(arch, num_classes=0, **model_args)
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"timm's {arch} does not return intermediate feature maps (no forward_intermediates).")
         levels = [index for index, info in enumerate(model.feature_info) if info["reduction"] >= _FIRST_STRIDE]
         super().__init__(model, levels, out_indices, frozen_stages, norm_eval, init_cfg)
         if with_cp:
             for name in self._stage_modules[: max(self.out_indices) + 1]:
-                parent, _, child = name.rpartition(".")
-                parent = self.model.get_submodule(parent)
+                owner, _, child = name.rpartition(".")
+                parent = self.model.get_submodule(owner)
                 setattr(parent, child, checkpoint_wrapper(getattr(parent, child)))
         self.arch = arch
         self._model_args = model_args
 
-    def _reference_model(self) -> nn.Module:
+    def _reference_model(self) -> TimmModel:
         with torch.device("meta"):
             return timm.create_model(self.arch, **self._model_args)
 
@@ -342,7 +342,7 @@ def _read_weights(source: str) -> dict[str, Tensor]:
         name = urlparse(source).path.rpartition("/")[2]
         if not name:
             raise ValueError(f"the address {source} does not end in a file name; download the file and give its path.")
-        source = fetch_checkpoint(source, name)
+        source = str(fetch_checkpoint(source, name))
     # Detectors' checkpoints hold MMEngine's own records beside the weights; the list is MMEngine's.
     with torch.serialization.safe_globals(get_torch_safe_globals()):
         return read_checkpoint(source)

@@ -6,6 +6,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from ._host import TimmModel
 from .split import Split, map_layout, traceable_copy
 
 __all__ = ["FeatureBranch", "network_branch"]
@@ -27,7 +28,7 @@ class FeatureBranch(NamedTuple):
 class _Piece(nn.Module):
     """What a network computes between two cuts, on maps (B, C, H, W). Its weights are the network's, elsewhere."""
 
-    def __init__(self, net: nn.Module, split: Split, index: int, last_in: bool, last_out: bool) -> None:
+    def __init__(self, net: TimmModel, split: Split, index: int, last_in: bool, last_out: bool) -> None:
         super().__init__()
         # No submodule: the weights must not appear twice.
         self.__dict__["net"] = net
@@ -40,7 +41,7 @@ class _Piece(nn.Module):
         return x.permute(0, 3, 1, 2) if self.last_out else x
 
 
-def network_branch(net: nn.Module) -> FeatureBranch:
+def network_branch(net: TimmModel) -> FeatureBranch:
     """``net`` as a branch: the last four stages that timm's ``feature_info`` names, and what comes before them.
 
     What follows the last stage up to the network's pooling is a part of it.
@@ -85,7 +86,7 @@ def network_branch(net: nn.Module) -> FeatureBranch:
 
 def _freeze_unused(net: nn.Module, input_size: tuple[int, ...]) -> None:
     """What only the network's head reads learns nothing here, and says so to those who wait for gradients (DDP)."""
-    shadow = traceable_copy(net).requires_grad_(True)
+    shadow: TimmModel = traceable_copy(net).requires_grad_(True)
     dtype = next(shadow.parameters()).dtype
     with torch.enable_grad():
         shadow.forward_features(torch.empty((2, *input_size), device="meta", dtype=dtype)).sum().backward()

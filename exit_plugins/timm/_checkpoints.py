@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, load_state_dict, resolve_pretrained_cfg
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..exits.reading import reading
-from ._host import model_traits, resolve_pretrained_source
+from ._host import TimmModel, model_traits, resolve_pretrained_source
 
 __all__ = [
     "FEATURE_ARGUMENTS",
@@ -198,9 +198,7 @@ class WholeOrPart:
     def part_overlay(self) -> dict[str, Any] | None:
         return None if self.whole else self.overlay
 
-    def build(
-        self, model: nn.Module, variant: str, cfg: dict[str, Any], cache_dir: Any = None, **features: Any
-    ) -> nn.Module:
+    def build(self, model: TimmModel, variant: str, cfg: dict[str, Any], cache_dir: Any = None, **features: Any) -> Any:
         """``model`` as timm's builder leaves it: configured, loaded if the weights are its own, for features if asked.
 
         Args:
@@ -227,16 +225,17 @@ class WholeOrPart:
         self.forget_weights(model)
         return model
 
-    def forget_weights(self, model: nn.Module) -> None:
+    def forget_weights(self, model: TimmModel) -> None:
         """The weights are in the model; its configuration need not hold them a second time."""
         if model.pretrained_cfg.pop("state_dict", None) is not None and self.file:
             model.pretrained_cfg["file"] = str(self.file)
 
 
-def build_with_checkpoint(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build_with_checkpoint(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's ``build_model_with_cfg``, with pretrained weights fetched and read by this module.
 
-    It gives share links a file name, and damaged files an error that says so. Everything else is timm's.
+    The model is of ``model_cls``, or with ``features_only`` what timm puts around it. Share links get a file name, and
+    damaged files an error that says so. Everything else is timm's.
     """
     path = None
     if pretrained:
@@ -254,7 +253,8 @@ def build_with_checkpoint(model_cls: Any, variant: str, pretrained: bool, **kwar
     if path is not None:
         # The weights are in the model; its configuration need not hold them a second time.
         for module in (model, getattr(model, "model", None)):
-            if isinstance(getattr(module, "pretrained_cfg", None), dict):
-                module.pretrained_cfg.pop("state_dict", None)
-                module.pretrained_cfg["file"] = str(path)
+            card = getattr(module, "pretrained_cfg", None)
+            if isinstance(card, dict):
+                card.pop("state_dict", None)
+                card["file"] = str(path)
     return model

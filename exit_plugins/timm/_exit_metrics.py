@@ -131,7 +131,8 @@ class MultiExitEvaluator(ClassificationEvaluator):
     def __init__(self, num_exits: int, **kwargs: Any) -> None:
         self.num_exits = num_exits
         super().__init__(**kwargs)
-        self.metric_names = (*self.metric_names, *(f"top1_exit{k + 1}" for k in range(num_exits)))
+        exits = (f"top1_exit{k + 1}" for k in range(num_exits))
+        self.metric_names = (*self.metric_names, *exits)  # type: ignore[assignment]  # timm has three, and says so
 
     def reset(self) -> None:
         super().reset()

@@ -2,9 +2,7 @@
 the place of. Other modules take these names from here, so that a timm that has moved one is named by this file alone.
 """
 
-from typing import Any
-
-from torch import nn
+from typing import Any, TypeAlias
 
 from .._hosts import check_names
 
@@ -14,6 +12,7 @@ __all__ = [
     "FeatureGetterNet",
     "InvertedResidual",
     "SqueezeExcite",
+    "TimmModel",
     "feature_take_indices",
     "generate_readme",
     "hf_split",
@@ -25,6 +24,10 @@ __all__ = [
     "update_model_args",
     "update_model_input_size",
 ]
+
+# A model of timm's: an nn.Module with what timm's users rely on (num_classes, pretrained_cfg, feature_info, blocks), of
+# which timm says no types; torch would have each of them be a Tensor or a Module.
+TimmModel: TypeAlias = Any
 
 # Names in timm's modules that a launcher puts its own in the place of while a script of timm's runs (``_scripts``).
 SWAPPED = {
@@ -90,10 +93,10 @@ def registered_modules() -> dict[str, str]:
     return dict(_registry._model_to_module)
 
 
-def model_traits(model: nn.Module) -> dict[str, Any]:
+def model_traits(model: TimmModel) -> dict[str, Any]:
     """What timm remembers of a model's architecture beside its configuration (first convolution, fixed input size)."""
     return dict(getattr(model, "_traits", {}))
 
 
-def set_model_traits(model: nn.Module, traits: dict[str, Any]) -> None:
+def set_model_traits(model: TimmModel, traits: dict[str, Any]) -> None:
     model._traits = traits

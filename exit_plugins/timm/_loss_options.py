@@ -8,12 +8,13 @@ from typing import Any
 
 import timm
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._version import __version__
 from ..exits import MultiExitLoss
 from ..exits.files import atomic_write
 from ..exits.losses import LOSS_PRESETS, ExitWeights, own_preset
+from ..exits.protocol import AnyModel, check_multi_exit
 
 __all__ = ["ExitLossOptions", "add_loss_arguments", "config_values", "options_of", "write_options"]
 
@@ -84,7 +85,7 @@ class ExitLossOptions:
             raise ValueError(f"exit_loss_alpha belongs to the preset paper, not to {self.preset}.")
         return self
 
-    def loss(self, model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> MultiExitLoss:
+    def loss(self, model: AnyModel, criterion: Callable[[Tensor, Tensor], Tensor]) -> MultiExitLoss:
         """The loss for a multi-exit ``model``, with the host's ``criterion`` at every exit."""
         preset = self.preset or own_preset(model)[0]
         if self.alpha is not None and preset != "paper":
@@ -92,7 +93,7 @@ class ExitLossOptions:
                 f"--exit-loss-alpha belongs to the preset paper, and {type(model).__name__} is trained with {preset}: "
                 "leave it out, or say --exit-loss paper."
             )
-        num_exits = int(model.num_exits)
+        num_exits = check_multi_exit(model).num_exits
         loss = MultiExitLoss(num_exits, preset, 0.5 if self.alpha is None else self.alpha, criterion=criterion)
         if self.ce is None and self.kl is None:
             return loss
@@ -109,7 +110,7 @@ class ExitLossOptions:
                 raise ValueError(f"exit {index + 1} has no weight in the loss and would never be trained.")
         return MultiExitLoss(num_exits, preset, weights=weights, criterion=criterion)
 
-    def reason(self, model: nn.Module) -> str:
+    def reason(self, model: AnyModel) -> str:
         """Which preset ``loss(model)`` takes and why, in words for a log."""
         preset, why = (self.preset, "as asked for") if self.preset else own_preset(model)
         weighed = [f"exit_loss_{name}" for name in ("ce", "kl") if getattr(self, name) is not None]

@@ -7,13 +7,14 @@ from timm.utils.model import reparameterize_model
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from ._host import TimmModel
 from ._trace import is_layer, trace_network, traceable_copy
 from .layers import fold_pair, use_matrix_products
 
 __all__ = ["fuse_network", "groups_of_part"]
 
 
-def groups_of_part(part: nn.Module, prefix: str, coarse: bool) -> Callable[[str], tuple[float, ...]]:
+def groups_of_part(part: TimmModel, prefix: str, coarse: bool) -> Callable[[str], tuple[float, ...]]:
     """Group matcher of a model with ``part`` under ``prefix``: the part's own groups, and all else in the last."""
     groups = group_parameters(part, part.group_matcher(coarse=coarse), reverse=True)
     last = max(groups.values(), default=0)
@@ -40,7 +41,8 @@ def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:
         before = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module":
             continue
+        name, before_name = str(node.target), str(before.target)
         alone = len(before.users) == 1 and before not in read_by_heads
-        if alone and len(calls[node.target]) == len(calls[before.target]) == 1:
-            fold_pair(net, before.target, node.target)
+        if alone and len(calls[name]) == len(calls[before_name]) == 1:
+            fold_pair(net, before_name, name)
     return net

