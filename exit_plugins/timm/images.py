@@ -24,8 +24,8 @@ from timm.models import get_model_input_config
 
 from ..exits.clips import sample_size
 from ..exits.digests import describe_model
-from ..exits.protocol import AnyModel
 from ..exits.reading import UnreadableFile
+from ._host import TimmModel
 
 __all__ = ["EXTENSIONS", "MODES", "UnreadableImage", "input_config", "read_image"]
 
@@ -82,7 +82,7 @@ def read_image(file: str | os.PathLike | bytes | IO[bytes], name: str | None = N
 
 
 def input_config(
-    model: AnyModel, input_size: Sequence[int] | None = None, crop_pct: float | None = None
+    model: TimmModel, input_size: Sequence[int] | None = None, crop_pct: float | None = None
 ) -> dict[str, Any]:
     """timm's preprocessing of a model, in as many channels as the model reads.
 
