@@ -37,13 +37,14 @@ def written(tmp_path_factory):
     path.write_text(re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
     spec = util.spec_from_file_location("exit_plugins.timm.stairs", path)
     module = sys.modules[spec.name] = util.module_from_spec(spec)
-    before = {key: dict(value) for key, value in vars(_registry).items() if isinstance(value, dict)}
+    tables = {key: value for key, value in vars(_registry).items() if isinstance(value, dict) and key[:2] != "__"}
+    before = {key: dict(value) for key, value in tables.items()}
     spec.loader.exec_module(module)
     yield
     del sys.modules[spec.name]
     for key, value in before.items():
-        getattr(_registry, key).clear()
-        getattr(_registry, key).update(value)
+        tables[key].clear()
+        tables[key].update(value)
 
 
 @pytest.mark.parametrize("part", CONTRACT)
