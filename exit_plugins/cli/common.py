@@ -20,7 +20,7 @@ from torchvision.transforms import Compose, Grayscale
 from ..exits.adaptive import AdaptiveModel
 from ..exits.costs import exit_costs, exit_latency
 from ..exits.policy import ExitPolicy
-from ..exits.protocol import AnyModel
+from ..exits.protocol import AnyModel, check_multi_exit
 from ..exits.schema import plain
 from ..timm.clips import ClipTransform
 from ..timm.data import ImageView, class_names, open_dataset
@@ -173,7 +173,7 @@ def costs_of(args: argparse.Namespace, model: AnyModel, config: dict[str, Any]) 
         return exit_costs(model, size).macs, "MACs"
     batch = torch.randn((args.cost_batch, *size), generator=torch.Generator().manual_seed(0))
     # What will run: AdaptiveModel's form of the model, not the model as it is trained.
-    running = AdaptiveModel(model, ExitPolicy([math.inf] * model.num_exits)).runner
+    running = AdaptiveModel(model, ExitPolicy([math.inf] * check_multi_exit(model).num_exits)).runner
     return exit_latency(running, batch) / args.cost_batch, "s"
 
 
