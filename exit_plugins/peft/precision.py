@@ -17,12 +17,17 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def check_mergeable(model: nn.Module, method: str) -> None:
-    """TypeError naming the first quantised layer of ``model`` that an adapter cannot be merged into.
+    """TypeError naming the first layer of ``model``, quantised or standardised, that an adapter cannot be merged into.
 
     PEFT has layers of its own for some methods over some quantised layers, which merge after dequantising: those pass.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
+            if "base_layer" in layer._modules:  # timm's DLA
+                raise TypeError(
+                    f"{method} cannot be merged into this {type(layer).__name__}: it calls a part of its own base_layer, "
+                    "by which PEFT tells adapted layers from others. Use the adapted model as it is."
+                )
             continue
         base = layer.get_base_layer()
         if isinstance(base, _STANDARDISED):

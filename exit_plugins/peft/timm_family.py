@@ -30,7 +30,18 @@ def timm_classifiers(model: nn.Module) -> list[str]:
     """Names of the layers that give a timm model's logits."""
     found = model.get_classifier()
     found = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-    return [name for module in found for name in names_of(model, module)]
+    return [part for module in found for name in names_of(model, module) for part in _parts(model, name)]
+
+
+def _parts(model: nn.Module, name: str) -> list[str]:
+    """``name``, or the parts of that module where one of them is called as it is (``head`` and ``head.head``).
+
+    PEFT goes by the ends of names, and would train both the whole and a copy of the part that nothing calls.
+    """
+    module = model.get_submodule(name)
+    if not any(f"{name}.{inner}".endswith(name) for inner, _ in module.named_modules() if inner):
+        return [name]
+    return [f"{name}.{child}" for child, part in module.named_children() if next(part.parameters(), None) is not None]
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from peft import LoraConfig
+from peft.utils.other import ModulesToSaveWrapper
 
 sys.path.append(str(Path(__file__).parents[1] / "timm"))
 import any_adapted
@@ -118,6 +119,15 @@ def test_a_classifier_that_is_no_plain_linear_layer():
     assert model.dyn_config["default"].num_classes == 5
 
 
+def test_a_classifier_with_a_part_of_its_name_is_trained_once():
+    model = any_adapted.adapt("iformer_t")  # its classifier is called head, and the layer in it head too
+    wrapped = [name for name, module in model.backbone.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert wrapped == ["head.head"]
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_exits(images)[-1], model.backbone(images), rtol=1e-4, atol=1e-5)
+
+
 def test_merging_into_a_standardised_weight_is_refused():
     model = any_adapted.adapt("test_nfnet")
     x = torch.randn(2, 3, 64, 64)
@@ -131,6 +141,12 @@ def test_merging_into_a_standardised_weight_is_refused():
 def test_a_method_that_trips_over_the_layers_is_named_with_them():
     with pytest.raises(ValueError, match=r"PEFT's TINYLORA cannot adapt .*conv_pwl.* of this EfficientNet: it failed"):
         any_adapted.adapt("test_efficientnet", peft.TinyLoraConfig(target_modules=["conv_pwl"]))
+
+
+def test_merging_into_a_network_that_pefts_own_way_takes_for_an_adapter_is_refused():
+    model = any_adapted.adapt("dla46x_c")
+    with pytest.raises(TypeError, match="into this DLA: it calls a part of its own base_layer"):
+        model.merge_and_unload()
 
 
 def test_what_cannot_be_cut_says_so():
