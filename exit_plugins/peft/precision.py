@@ -25,7 +25,7 @@ def check_mergeable(model: nn.Module, method: str) -> None:
         if not isinstance(layer, BaseTunerLayer):
             if "base_layer" in layer._modules:  # timm's DLA
                 raise TypeError(
-                    f"{method} cannot be merged into this {type(layer).__name__}: it calls a part of its own base_layer, "
+                    f"{method} cannot be merged into this {type(layer).__name__}: it has a part called base_layer, "
                     "by which PEFT tells adapted layers from others. Use the adapted model as it is."
                 )
             continue

@@ -145,7 +145,7 @@ def test_a_method_that_trips_over_the_layers_is_named_with_them():
 
 def test_merging_into_a_network_that_pefts_own_way_takes_for_an_adapter_is_refused():
     model = any_adapted.adapt("dla46x_c")
-    with pytest.raises(TypeError, match="into this DLA: it calls a part of its own base_layer"):
+    with pytest.raises(TypeError, match="into this DLA: it has a part called base_layer"):
         model.merge_and_unload()
 
 
