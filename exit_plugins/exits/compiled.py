@@ -82,6 +82,7 @@ class CompiledSegments(MultiExit, nn.Module):
         def mark(leaf: Tensor) -> Tensor:
             leaf = _plain(leaf)
             if leaf.shape[0] > 1:
+                leaf = leaf[:]  # other threads may be at the same tensor, whose mark guards are compared with
                 torch._dynamo.maybe_mark_dynamic(leaf, 0)
             return leaf
 
@@ -101,6 +102,8 @@ class CompiledSegments(MultiExit, nn.Module):
 
 def _plain(leaf: Tensor) -> Tensor:
     """A leaf whose layout does not depend on how many samples there are, or torch would compile for each."""
+    if leaf.shape[0] == 1:  # the stride between samples is that of the batch it was taken from
+        return leaf[0].unsqueeze(0)
     return leaf.contiguous() if leaf.stride(0) == 0 else leaf
 
 
