@@ -122,7 +122,8 @@ class TimmFamily(Family):
             output, state = checkpoint(self.split.run, net, index, state, use_reentrant=False)
         else:
             output, state = self.split.run(net, index, state)
-        return output, state[0] if len(state) == 1 else state  # most networks pass one tensor on: it is the state
+        # Most networks pass one tensor on: it is the state. One value that is a tuple (PiT's map and token) is none.
+        return output, state[0] if len(state) == 1 and isinstance(state[0], Tensor) else state
 
     def _checkpoints(self, net: nn.Module) -> bool:
         """Whether timm was told to trade computation for memory in a module that the segments replace, in training."""

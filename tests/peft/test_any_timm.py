@@ -128,6 +128,11 @@ def test_a_classifier_with_a_part_of_its_name_is_trained_once():
         torch.testing.assert_close(model.forward_exits(images)[-1], model.backbone(images), rtol=1e-4, atol=1e-5)
 
 
+def test_stages_that_pass_a_tuple_on():
+    model = any_adapted.check_adapted("pit_ti_224", img_size=64, depth=[1, 1, 1])  # maps and class token together
+    assert model.num_exits == 3
+
+
 def test_merging_into_a_standardised_weight_is_refused():
     model = any_adapted.adapt("test_nfnet")
     x = torch.randn(2, 3, 64, 64)
