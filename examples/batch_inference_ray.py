@@ -33,11 +33,15 @@ class BlockWriter:
 
     def __call__(self, block: dict) -> dict:
         start = time.perf_counter()
-        answered = [pa.table(self.predictor(batch)) for file in block["files"] for batch in self.batches(file)]
+        answered = [self.table(batch) for file in block["files"] for batch in self.batches(file)]
         with atomic_path(block["target"]) as temporary:
             parquet.write_table(pa.concat_tables(answered), temporary)
         seconds = time.perf_counter() - start
         return {"target": block["target"], "images": sum(map(len, answered)), "seconds": seconds}
+
+    def table(self, batch: dict) -> pa.Table:
+        # What an unreadable image has no value of is null in the file, not a number that equals nothing.
+        return pa.table({name: pa.array(of, from_pandas=True) for name, of in self.predictor(batch).items()})
 
     def batches(self, files: list[str]):
         if files[0].endswith(".parquet"):

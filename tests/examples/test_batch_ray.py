@@ -43,6 +43,7 @@ def test_blocks_are_answered_by_two_actors_and_once(tmp_path):
     answers = BatchPredictor(SHIPPED, device="cpu")({"bytes": paths})
     assert table["path"] == paths and table["class"] == answers["class"].tolist()
     assert table["exit"] == answers["exit"].tolist() and "7.png is not an image" in table["error"][7]
+    assert table["confidence"][7] is None and table["macs"][7] is None
     shares = re.findall(r"exit (\d): ([\d.]+)%", said)
     assert {int(k): round(float(s) * 9 / 100) for k, s in shares} == {
         int(k): int((answers["exit"] == k).sum()) for k in set(answers["exit"]) - {0}
