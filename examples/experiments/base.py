@@ -229,16 +229,18 @@ def budgets(measure: str = "max_softmax", points: int = 9, resplits: int = 5) ->
 def certified(epsilon: float = 0.01, delta: float = 0.1, resplits: int = 200) -> Analysis:
     """Analysis: policies certified to differ from the last exit on at most ``epsilon`` of the images, put to the test.
 
-    Each resplit solves a path on a quarter of the test images, certifies on another, and counts on the other half how
-    often the answers really differ and what was spent. Stored per method: how often more than ``epsilon`` differed
-    (``delta`` is what the certificate allows), the mean of what differed, and the mean cost.
+    Each resplit solves a path on a quarter of the test images, certifies on half of them, and counts on the other
+    quarter how often the answers really differ and what was spent. The half is for the certificate because fewer than
+    ln(1 / delta) / epsilon images (230 by default) certify nothing, even if no answer differs. Stored per method: how
+    often more than ``epsilon`` differed (``delta`` is what the certificate allows), the mean of what differed, and the
+    mean cost.
     """
 
     def analysis(tested: ExitTable, macs: np.ndarray) -> dict[str, Any]:
         found: dict[str, list[tuple[float, float]]] = {"ucb": [], "ltt": []}
         for seed in range(resplits):
-            fitted, measured = tested.split(0.5, seed)
-            solved, calibration = fitted.split(0.5, seed)
+            calibration, others = tested.split(0.5, seed)
+            solved, measured = others.split(0.5, seed)
             path = policy_path(solved, macs, steps=17)
             for method, values in found.items():
                 policy = certify(path, calibration, epsilon, delta, method, seed=seed)
@@ -327,7 +329,7 @@ def certificates(groups: Mapping[str, Sequence[Result]]) -> str:
     words = (
         f"Policies certified to differ from the last exit on at most {percent(head['epsilon'])} % of the images, with "
         f"probability {percent(1 - head['delta'])} %, over {head['resplits']} random divisions of the test images "
-        "(solved on a quarter, certified on a quarter, measured on the rest):\n\n"
+        "(solved on a quarter, certified on half of them, measured on the last quarter):\n\n"
     )
     header = ["", "method", "differ (%)", "bound exceeded in (%) of the divisions", "MACs saved"]
     return words + table(header, rows)

@@ -19,7 +19,7 @@ import lite0_cifar
 import numpy as np
 import torch
 from base import Experiment, Place, Result, Run, by_variant, percent, table, test_batches, verdict
-from lite0 import Field, frontier, gains_in_the_middle
+from lite0 import Field, families, frontier, gains_in_the_middle
 from matplotlib.figure import Figure
 from timing import interleaved
 from torch import Tensor, nn
@@ -185,6 +185,7 @@ def section(results: list[Result], pictures: Path) -> str:
             for batch in BATCHES:
                 found = curves(result, engine, batch)
                 rivals = frontier(list(zip(*found.pop("static"), strict=True)))
+                found |= families(found)
                 gains = {name: gains_in_the_middle(curve, rivals) for name, curve in found.items()}
                 gains = {name: gain for name, gain in gains.items() if gain is not None}
                 least.append(max(gain.min() for gain in gains.values()))

@@ -57,6 +57,8 @@ class Field:
         options: of the training, beside ``OPTIONS``.
         size: pixels that the networks with exits see.
         sizes: pixels that the plain network is trained at, in the order in which they are worth having.
+        small_sizes: pixels that networks with exits see, too: whoever may choose the size of a static network may
+            choose that of a dynamic one.
         cascades: sizes of plain networks to put together.
         cuts: stages behind which the network is cut off.
         relatives: larger networks with packaged weights, at ``size``.
@@ -68,6 +70,7 @@ class Field:
     size: int
     sizes: tuple[int, ...]
     cascades: tuple[tuple[int, ...], ...]
+    small_sizes: tuple[int, ...] = ()
     cuts: tuple[str, ...] = ()
     relatives: tuple[str, ...] = ()
 
@@ -82,11 +85,15 @@ class Field:
             return Training(model, own, {"backbone": backbone, **kwargs}, self.data, backbone, analyses)
 
         plain = partial(training, "with_exits", analyses={}, exits=1)
+        exits = partial(training, "with_exits", analyses=read_off, exits=4)
+        perceiver = partial(training, "dynperceiver", analyses=read_off, num_latents=64, latent_depths=(1, 1, 2, 2))
         return {
-            "exits": training("with_exits", self.size, read_off, exits=4),
+            "exits": exits(self.size),
             f"plain_{self.size}": plain(self.size),
-            "dynperceiver": training("dynperceiver", self.size, read_off, num_latents=64, latent_depths=(1, 1, 2, 2)),
+            "dynperceiver": perceiver(self.size),
             **{f"plain_{size}": plain(size) for size in self.sizes},
+            **{f"dynperceiver_{size}": perceiver(size) for size in self.small_sizes},
+            **{f"exits_{size}": exits(size) for size in self.small_sizes},
             # Two further tries: heads that convolve, and exits only where a linear head can tell the classes apart.
             "exits_conv": training("with_exits", self.size, read_off, exits=4, head="conv", head_hidden=96),
             "exits_late": training("with_exits", self.size, read_off, exits="blocks.3,blocks.4", head="mlp"),
@@ -162,6 +169,19 @@ def mean_curve(group: list[Result]) -> np.ndarray:
     return points[points[:, 0].argsort()].T
 
 
+def families(curves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The dynamic networks that differ in the size of their images alone, as one: the best of their points (2, N)."""
+    members: dict[str, list[np.ndarray]] = {}
+    for name, curve in curves.items():
+        if not name.startswith("cascade"):
+            members.setdefault("_".join(word for word in name.split("_") if not word.isdigit()), []).append(curve)
+    return {
+        f"{family}, any size": frontier([(cost, value) for curve in found for cost, value in curve.T])
+        for family, found in members.items()
+        if len(found) > 1
+    }
+
+
 def section(name: str, results: list[Result], pictures: Path) -> str:
     results = what_is_run(results)
     groups = by_variant(results)
@@ -180,7 +200,9 @@ def section(name: str, results: list[Result], pictures: Path) -> str:
         text.append(f"![Accuracy over mean MACs; squares: static rivals](results/{name}/budgeted.png)\n")
     if dynamic and len(static) > 2:
         rivals = frontier(list(static.values()))
-        gains = {name: gains_in_the_middle(mean_curve(group), rivals) for name, group in dynamic.items()}
+        dynamic_curves = {name: mean_curve(group) for name, group in dynamic.items()}
+        dynamic_curves |= families(dynamic_curves)
+        gains = {name: gains_in_the_middle(curve, rivals) for name, curve in dynamic_curves.items()}
         lines = [
             f"- `{name}`: {percent(found.min(), sign=True)} to {percent(found.max(), sign=True)} points"
             for name, found in gains.items()
@@ -209,6 +231,7 @@ FIELD = Field(
     options={"epochs": 30, "warmup-epochs": 3},
     size=160,
     sizes=(96, 128, 64, 224),
+    small_sizes=(128, 96),
     cascades=((96, 160), (96, 224), (64, 96, 160)),
     cuts=("blocks.4", "blocks.3", "blocks.2"),
     relatives=("tf_efficientnet_lite1", "tf_efficientnet_lite2"),
