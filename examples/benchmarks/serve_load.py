@@ -12,6 +12,7 @@ import io
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -41,9 +42,14 @@ def pictures(number: int = 32, size: int = 32) -> list[bytes]:
     return found
 
 
-def load(port: int, requests: int, clients: int, broken_every: int = 100) -> tuple[list[Answer], float]:
-    """Every answer, and the seconds all took; each client sends one request after the other."""
-    good = pictures()
+def load(
+    port: int, requests: int, clients: int, broken_every: int = 100, encode: Callable[[bytes], bytes] = bytes
+) -> tuple[list[Answer], float]:
+    """Every answer, and the seconds all took; each client sends one request after the other.
+
+    One in ``broken_every`` requests is broken (0: none); ``encode`` makes the body of a picture.
+    """
+    good = list(map(encode, pictures()))
     broken = [b"this is no image", good[0][: len(good[0]) // 2], b""]
     numbers = count()
 
@@ -51,11 +57,13 @@ def load(port: int, requests: int, clients: int, broken_every: int = 100) -> tup
         answers = []
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         while (number := next(numbers)) < requests:
-            is_broken = number % broken_every == broken_every - 1
+            is_broken = broken_every > 0 and number % broken_every == broken_every - 1
             body = broken[number // broken_every % 3] if is_broken else good[number % len(good)]
             start = time.perf_counter()
             try:
-                connection.request("POST", "/predict", body)
+                connection.request(
+                    "POST", "/predict", body, {"Content-Type": "application/json"} if encode is not bytes else {}
+                )
                 response = connection.getresponse()
                 said, status = json.loads(response.read()), response.status
             except (OSError, http.client.HTTPException, ValueError):

@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..exits.policy import ExitPolicy, weights_digest
+from ..timm._cards import own_policy
+from ..timm._shipped import list_shipped
 from ..timm.images import UnreadableImage
 from ..timm.predictor import PREDICT_MODES, Predictor, spoken_names
 from ..timm.sources import Item, check_sources, iterate_images
@@ -54,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="FILE", help="image or video files, folders, patterns, lists, tar shards, or -"
     )
-    parser.add_argument("--policy", metavar="FILE", help="policy file written by solve (default: the export's)")
+    parser.add_argument(
+        "--policy",
+        metavar="FILE",
+        help="policy file written by solve (default: the export's, or what comes with --model's weights)",
+    )
     parser.add_argument("--export", metavar="FOLDER", help="run this export, written by exit-plugins export")
     add_model_arguments(parser, positional=False)
     parser.add_argument(
@@ -119,11 +125,24 @@ def _form(args: argparse.Namespace) -> str:
     form = args.format or ENDINGS.get(ending, "text")
     if form == "parquet" and not args.output:
         raise ValueError("parquet is a file, not a stream; give --output.")
-    if args.policy is None and args.export is None:
-        raise ValueError("give --policy, or --export with a folder that holds one.")
+    if args.policy is None and args.export is None and args.model is None:
+        raise ValueError("give --policy, --export with a folder that holds one, or --model with a policy of its own.")
     if args.export and (args.model or args.checkpoint or args.pretrained):
         raise ValueError("--export is the model and its weights; leave out --model, --checkpoint and --pretrained.")
     return form
+
+
+def _own_policy(args: argparse.Namespace) -> ExitPolicy:
+    """What comes with the weights of ``--model``, which are loaded then."""
+    policy = own_policy(args.model)
+    if policy is None:
+        shipped = ", ".join(list_shipped())
+        raise ValueError(
+            f"no policy comes with {args.model}; give --policy, a card's local-dir:FOLDER, or one of the networks of "
+            f"this package: {shipped}."
+        )
+    args.pretrained = args.pretrained or args.checkpoint is None
+    return policy
 
 
 def _open_predictor(args: argparse.Namespace) -> Predictor:
@@ -135,7 +154,7 @@ def _open_predictor(args: argparse.Namespace) -> Predictor:
         policy = ExitPolicy.load(args.policy or Path(args.export, "policy.json"))
         known = known_model(args, policy)
     else:
-        policy = ExitPolicy.load(args.policy)
+        policy = ExitPolicy.load(args.policy) if args.policy else _own_policy(args)
         known = known_model(args, policy)
         if args.model is None and known["architecture"] is None:
             raise ValueError("this policy does not say what model it is for; give --model.")

@@ -15,6 +15,7 @@ from ..exits.files import atomic_write
 from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.protocol import check_multi_exit
 from ._host import generate_readme, hf_split
+from ._shipped import list_shipped, shipped_policy
 from .images import input_config
 
 __all__ = ["load_from_hf", "model_card", "save_for_hf"]
@@ -148,21 +149,35 @@ def load_from_hf(name: str, **kwargs: Any) -> tuple[nn.Module, ExitPolicy | None
     if kind not in ("local-dir", "hf-hub"):
         raise ValueError(f"expected local-dir:FOLDER or hf-hub:OWNER/NAME, got {name!r}.")
     model = timm.create_model(name, pretrained=True, **kwargs).eval()
-    path = Path(where) / _POLICY
-    if kind == "hf-hub":
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        repository, revision = hf_split(where)
-        try:
-            path = Path(hf_hub_download(repository, _POLICY, revision=revision, cache_dir=kwargs.get("cache_dir")))
-        except EntryNotFoundError:
-            return model, None
-    if not path.is_file():
-        return model, None
-    policy = ExitPolicy.load(path)
-    _check_policy(policy, model)
+    policy = own_policy(name, kwargs.get("cache_dir"))
+    if policy is not None:
+        _check_policy(policy, model)
     return model, policy
+
+
+def own_policy(name: str, cache_dir: str | None = None) -> ExitPolicy | None:
+    """The policy that comes with the weights of a model: beside its card, or with the package; None where none does.
+
+    Args:
+        name: ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``, or a name of timm's registry.
+        cache_dir: of the hub's files.
+    """
+    if name in list_shipped():
+        return shipped_policy(name)
+    kind, _, where = name.partition(":")
+    if kind == "local-dir":
+        path = Path(where) / _POLICY
+        return ExitPolicy.load(path) if path.is_file() else None
+    if kind != "hf-hub":
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, revision = hf_split(where)
+    try:
+        return ExitPolicy.load(hf_hub_download(repository, _POLICY, revision=revision, cache_dir=cache_dir))
+    except EntryNotFoundError:
+        return None
 
 
 def _check_policy(policy: ExitPolicy, model: nn.Module) -> None:

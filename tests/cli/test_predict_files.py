@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 from test_trust import run, run_json
 
 from exit_plugins import ExitPolicy
 from exit_plugins.cli import rows as rows_module
+from exit_plugins.timm import save_for_hf
+from exit_plugins.timm.predictor import BatchPredictor
 
 
 @pytest.fixture
@@ -196,3 +199,21 @@ def test_an_export_is_run_as_it_is(predict, folder, known, policy_file, checkpoi
     assert [(row["class"], row["exit"], row["macs"]) for row in rows] == [
         (row["class"], row["exit"], row["macs"]) for row in known
     ]
+
+
+def test_weights_bring_their_policy(images, tmp_path, capsys):
+    """A network of the package and a card's folder need no --policy; others are told what would do."""
+    paths = [str(path) for path in sorted((images / "test").rglob("*.png"))[:5]]
+    found = run_json(capsys, "predict", *paths, "--model", "msdnet_cifar_batch.cifar100")
+    answers = BatchPredictor("msdnet_cifar_batch.cifar100", device="cpu")({"bytes": paths})
+    assert [row["class"] for row in found] == answers["class"].tolist()
+    assert [row["exit"] for row in found] == answers["exit"].tolist()
+    model = timm.create_model("dynperceiver_test", num_classes=3).eval()
+    policy = ExitPolicy([0.4] * (model.num_exits - 1) + [-np.inf], costs=range(1, model.num_exits + 1))
+    save_for_hf(model, tmp_path / "card", policy=policy)
+    card = f"local-dir:{tmp_path / 'card'}"
+    assert [row["exit"] for row in run_json(capsys, "predict", *paths, "--model", card)] == [1] * 5
+    (tmp_path / "card" / "policy.json").unlink()
+    for name in (card, "dynperceiver_test"):
+        assert run("predict", *paths, "--model", name) == 2
+        assert f"no policy comes with {name}" in capsys.readouterr().err
