@@ -5,7 +5,7 @@ from lite0 import CLAIM, Field
 FIELD = Field(
     "lite0_cifar",
     data="cifar100",
-    options={"epochs": 8, "warmup-epochs": 1, "batch-size": 64},
+    options={"epochs": 8, "warmup-epochs": 1, "batch-size": 64, "lr": 1e-3},
     size=96,
     sizes=(64, 48, 80, 128),
     cascades=((48, 96), (64, 96), (48, 64, 96)),
