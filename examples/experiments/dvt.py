@@ -1,4 +1,7 @@
-"""DVT, table 6: does a later transformer gain from the features and the relations of the one before? And table 9."""
+"""DVT, table 6: does a later transformer gain from the features and the relations of the one before?
+
+And table 9, what decides who leaves; and table 10, exits in the depth of one transformer instead.
+"""
 
 from pathlib import Path
 
@@ -41,7 +44,24 @@ VARIANTS = {
     "features": {"relation_reuse": False},
     "relations": {"feature_reuse": False},
 }
-NAMES = {"none": "no reuse", "features": "features", "relations": "relations", "both": "both (DVT)"}
+# Table 10: the last of the transformers alone, of 36 patches, with an exit behind each of its layers.
+DEPTH = {
+    "backbone": "vit_tiny_patch16_224",
+    "img_size": 60,
+    "patch_size": 10,
+    "embed_dim": 64,
+    "depth": 3,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "exits": "blocks.0,blocks.1",
+}
+NAMES = {
+    "none": "no reuse",
+    "features": "features",
+    "relations": "relations",
+    "both": "both (DVT)",
+    "depth": "one transformer, exits in its depth",
+}
 
 
 def random_shares(tested: ExitTable, macs: np.ndarray) -> list[dict[str, float]]:
@@ -55,6 +75,15 @@ ANALYSES = {
     "budgeted_margin": budgets("margin"),
     "random": random_shares,
 }
+
+
+def trainings() -> dict[str, Training]:
+    """Of every variant."""
+    found = {
+        name: Training("dvt_test", OPTIONS, {**MODEL, **kwargs}, analyses=ANALYSES) for name, kwargs in VARIANTS.items()
+    }
+    found["depth"] = Training("with_exits", {**OPTIONS, "input-size": 60}, DEPTH, analyses=ANALYSES)
+    return found
 
 
 def section(results: list[Result], pictures: Path) -> str:
@@ -71,6 +100,8 @@ def section(results: list[Result], pictures: Path) -> str:
         )
     if "both" in groups:
         text.append(criterion(groups["both"]))
+    if {"both", "depth"} <= groups.keys():
+        text.append(in_depth(groups["both"], groups["depth"]))
     if "both" in gains:
         later = gains["both"][1:]
         shown = all(gain > 2 * (error or 0) and gain > 0 for gain, error in later)
@@ -98,15 +129,28 @@ def criterion(group: list[Result]) -> str:
     return table(header, rows) + f"\nAt random with equal shares: {chance} % at {cost:.1f}M.\n"
 
 
+def in_depth(tokens: list[Result], depth: list[Result]) -> str:
+    """Table 10: both at the same mean MACs, over the range both cover."""
+
+    def accuracies(group: list[Result], costs: np.ndarray) -> np.ndarray:
+        curves = [np.array(sorted((p["cost"], p["accuracy"]) for p in result["budgeted"])).T for result in group]
+        return np.array([np.interp(costs, *curve) for curve in curves])
+
+    low = max(group[0]["budgeted"][0]["cost"] for group in (tokens, depth))
+    high = min(group[0]["budgeted"][-1]["cost"] for group in (tokens, depth))
+    costs = np.linspace(low, high, 5)
+    rows = [
+        [NAMES[name], *(percent(*mean_and_error(of_budget)) for of_budget in accuracies(group, costs).T.tolist())]
+        for name, group in (("depth", depth), ("both", tokens))
+    ]
+    return table(["where exits stand (table 10)", *(f"{cost / 1e6:.1f}M" for cost in costs)], rows)
+
+
 EXPERIMENT = Experiment(
     name="dvt",
     title="DVT: reusing features and relations",
     claim="A later transformer that reuses the features and the attention logits of the one before is more accurate "
     "than one that starts anew (DVT, table 6); confidence decides better than entropy and chance (table 9).",
-    runs=[
-        Run(variant, seed, Training("dvt_test", OPTIONS, {**MODEL, **kwargs}, analyses=ANALYSES))
-        for seed in range(3)
-        for variant, kwargs in VARIANTS.items()
-    ],
+    runs=[Run(variant, seed, training) for seed in range(3) for variant, training in trainings().items()],
     section=section,
 )

@@ -35,6 +35,7 @@ EXPERIMENTS = (
     "components",
     "dvt",
     "chase",
+    "attention",
     "motion",
     "motion_peft",
     "bccd",
