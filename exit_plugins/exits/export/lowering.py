@@ -55,10 +55,28 @@ def _attention(
     """``F.scaled_dot_product_attention``; None for the kinds that are left to torch's exporter."""
     if dropout_p or is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
         return None
+    if query.dim() == 4 and isinstance(query.shape[1], int) and query.shape[1] == query.shape[2]:
+        return _attention_in_three_dimensions(query, key, value, attn_mask, scale)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(-1) @ value
+
+
+def _attention_in_three_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
+) -> Tensor | None:
+    """Attention of (B, H, L, D) with batch and heads as one dimension: for as many heads as queries.
+
+    OpenVINO (2026.4.1) takes the changes of dimensions around attention into its kernel, (B, L, H, D) to (B, H, L, D),
+    and where L = H confuses the two: what it answers then is wrong at every fixed batch size. Around three dimensions
+    it leaves them alone.
+    """
+    batch, heads, queries, width = query.shape
+    if attn_mask is not None and attn_mask.dim() > 2:
+        attn_mask = attn_mask.expand(batch, heads, queries, key.shape[2]).flatten(0, 1)
+    attended = _attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask, scale=scale)
+    return None if attended is None else attended.view(batch, heads, queries, value.shape[3])
 
 
 def _unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:

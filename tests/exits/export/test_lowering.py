@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from traced_models import traced
 
 import exit_plugins.timm
+from exit_plugins.exits.export.runtimes import openvino_session
 from exit_plugins.exits.export.tracing import onnx_segments
 from exit_plugins.exits.protocol import MultiExit
 
@@ -45,14 +46,14 @@ class Attentive(MultiExit, nn.Module):
 
     num_exits = 1
 
-    def __init__(self, **how) -> None:
+    def __init__(self, mask_size=(6, 6), **how) -> None:
         super().__init__()
         self.how = how
         self.register_buffer("mask", None)
         if how.get("attn_mask") is bool:
-            self.mask = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) > 0.3
+            self.mask = torch.rand(mask_size, generator=torch.Generator().manual_seed(1)) > 0.3
         elif how.get("attn_mask") is float:
-            self.mask = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+            self.mask = torch.randn(mask_size, generator=torch.Generator().manual_seed(1))
         self.how = {**how, "attn_mask": self.mask}
 
     def begin_exits(self, x: Tensor) -> Tensor:
@@ -79,4 +80,19 @@ def test_attention_of_every_kind_is_torchs(how):
     for size in (1, 5):
         expected, _ = model.forward_exit(0, x[:size])
         (found,) = session.run(None, {"leaf_0": x[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-6, rtol=1e-5)
+
+
+# OpenVINO takes heads and tokens for each other where there are as many of both and its batch is fixed.
+@pytest.mark.parametrize("mask_size", [None, (4, 4), (4, 4, 4)], ids=str)
+def test_attention_of_as_many_heads_as_tokens_is_torchs_in_openvino(tmp_path, mask_size):
+    pytest.importorskip("openvino")
+    model = Attentive(mask_size, attn_mask=float) if mask_size else Attentive()
+    x = torch.randn(5, 4, 96)
+    (program,) = onnx_segments(model.eval(), x)
+    program.save(tmp_path / "segment.onnx")
+    session = openvino_session(tmp_path / "segment.onnx", 1, False)
+    for size in (1, 5):
+        expected, _ = model.forward_exit(0, x[:size])
+        (found,) = session([x[:size].numpy()])
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-6, rtol=1e-5)
