@@ -1,7 +1,8 @@
 """Parameters, MACs and latency of every exit, beside the plain backbone where there is one.
 
 Latency is wall-clock time to reach an exit when every image goes that far, median over repeats; the plain network is
-timed in turns with the model, so that a drift of the machine touches both.
+timed in turns with the model, so that a drift of the machine touches both. With --modes every way this machine can run
+the model is timed instead, in turns too, and the fastest is named.
 
 example:
   exit-plugins profile dynperceiver_regnety_400mf --batch-size 1 --threads 1
@@ -27,6 +28,7 @@ from .common import (
     print_table,
 )
 from .models import Classifier, add_model_arguments, data_config, open_model, whole
+from .modes import MODES, recommended, time_modes
 
 # What a user would have run instead: name of ours (its beginning) -> timm's network without exits.
 PLAIN = {
@@ -48,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain", metavar="NAME", help="timm network to compare with (default: the model's own backbone)"
     )
-    parser.add_argument("--no-latency", action="store_true", help="count only")
+    timed = parser.add_mutually_exclusive_group()
+    timed.add_argument("--no-latency", action="store_true", help="count only")
+    timed.add_argument("--modes", action="store_true", help=f"time every way to run it: {', '.join(MODES)}")
     add_json_argument(parser)
 
 
@@ -57,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     model = open_model(args, needs_weights=False)
     size = data_config(args, model)["input_size"]
+    if args.modes:
+        return _modes(args, model, size)
     plain = _plain_network(args, model, size)
     found = _counted(args, model, plain, size)
     if not args.no_latency:
-        images = torch.randn((args.batch_size, *size), generator=torch.Generator().manual_seed(0))
-        images = images.to(next(model.parameters()).device)
+        images = _images(args, model, size)
         latency, plain_latency = _in_turns(model, plain, images, args.repeats)
         for row, seconds in zip(found["exits"], latency, strict=True):
             row["latency"] = seconds
@@ -71,6 +76,40 @@ def run(args: argparse.Namespace) -> int:
         print_json(found)
     else:
         _print(args, found)
+    return 0
+
+
+def _images(args: argparse.Namespace, model: Classifier, size: Sequence[int]) -> torch.Tensor:
+    images = torch.randn((args.batch_size, *size), generator=torch.Generator().manual_seed(0))
+    return images.to(next(model.parameters()).device)
+
+
+def _modes(args: argparse.Namespace, model: Classifier, size: Sequence[int]) -> int:
+    """Time every mode; print a line for each and name the fastest."""
+    latency, refused = time_modes(model, _images(args, model, size), args.repeats)
+    best = recommended(latency)
+    found = {
+        "model": args.model,
+        "input_size": list(size),
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "modes": [{"mode": name, "latency": times} for name, times in latency.items()],
+        "refused": refused,
+        "recommended": best,
+    }
+    if args.json:
+        print_json(found)
+        return 0
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    print(f"{args.model} at {'x'.join(map(str, size))}, batch {args.batch_size}, {threads}: time to each exit")
+    rows = [
+        [name, *(amount(seconds, "s") for seconds in times), f"{times.mean() / latency['plain'].mean():.2f}x"]
+        for name, times in latency.items()
+    ]
+    print_table(["mode", *(f"exit {k + 1}" for k in range(model.num_exits)), "mean/plain"], rows)
+    for name, why in refused.items():
+        print(f"{name} does not run here: {why}")
+    print(f"fastest here: {best} ({MODES[best]})")
     return 0
 
 

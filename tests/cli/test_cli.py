@@ -82,6 +82,27 @@ def test_profile_counts_what_exit_costs_counts(capsys):
     assert "exit 3" in capsys.readouterr().out
 
 
+def test_profile_times_the_modes_that_run_and_names_the_fastest(capsys, monkeypatch):
+    from exit_plugins.cli import modes
+
+    way = modes._way
+
+    def without_engines(name, model, images):
+        if name in ("compiled", "onnx", "openvino"):
+            raise ImportError("this needs an engine, which is not installed")
+        return way(name, model, images)
+
+    monkeypatch.setattr(modes, "_way", without_engines)
+    found = run_json(capsys, "profile", MODEL, "--modes", "--repeats", 2, "--batch-size", 2)
+    means = {row["mode"]: sum(row["latency"]) for row in found["modes"]}
+    assert list(means) == ["plain", "channels_last", "fused"] and found["recommended"] == min(means, key=means.get)
+    assert set(found["refused"]) == {"compiled", "onnx", "openvino"} and found["batch_size"] == 2
+    assert all(sorted(row["latency"]) == row["latency"] for row in found["modes"])
+    assert main(["profile", MODEL, "--modes", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "onnx does not run here: this needs an engine" in out and "fastest here: " in out
+
+
 def test_plain_networks_to_compare_with_exist():
     from exit_plugins.cli.profile import PLAIN
 
