@@ -6,7 +6,7 @@ leaves as a whole and the clips that stay keep all their frames. Nothing else on
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,7 +15,10 @@ from .protocol import METHODS, MultiExit, State, map_state
 __all__ = ["FrameNetwork", "frames_of", "over_clips", "sample_size"]
 
 
-def over_clips(model: nn.Module, num_frames: int, keep_forward: bool = False) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def over_clips(model: Network, num_frames: int, keep_forward: bool = False) -> Network:
     """Let an image network take clips (B, ``num_frames``, C, H, W): change ``model`` in place and return it.
 
     At each exit the clip's logits are the mean of its frames' logits: the consensus of TSM, which Dyn-Perceiver
@@ -39,7 +42,8 @@ def over_clips(model: nn.Module, num_frames: int, keep_forward: bool = False) ->
     if getattr(model, "sample_ndim", 3) != 3:
         frames = f" of {model.num_frames} frames" if isinstance(model, _Clips) else ""
         raise ValueError(f"{type(model).__name__} takes clips{frames} already.")
-    model.__class__ = _clip_class(type(model), keep_forward)  # type: ignore[arg-type]  # classes are hashable
+    made: Any = _clip_class(type(model), keep_forward)  # type: ignore[arg-type]  # classes are hashable
+    model.__class__ = made
     assert isinstance(model, _Clips)
     model.num_frames = num_frames
     return model

@@ -4,6 +4,8 @@ Other modules take these names from here, so that a PEFT that has moved one is n
 no private name is used: its models are cut by calling their own modules (``families``).
 """
 
+from typing import Any, TypeAlias
+
 from .._hosts import check_names
 
 __all__ = [
@@ -11,12 +13,19 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "HostModel",
     "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "add_peft_type",
     "check_adapters_to_merge",
     "get_pattern_key",
+    "is_tuner_layer",
+    "method_of",
 ]
+
+# A model or layer of timm's, transformers' or PEFT's: an nn.Module with what its host's users rely on (config,
+# num_features, qkv), of which the hosts say no types; torch would have each of them be a Tensor or a Module.
+HostModel: TypeAlias = Any
 
 # What is imported, subclassed, overridden or added to, with the parameters that are passed or taken by name.
 RELIED_ON: dict[str, tuple[str, ...]] = {
@@ -63,11 +72,22 @@ def check_peft() -> None:
 
 check_peft()
 
-from peft import PeftType  # noqa: E402
+from peft import PeftConfig, PeftType  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge  # noqa: E402
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS  # noqa: E402
 from peft.utils.error import NoMatchingPeftModuleError  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key  # noqa: E402
+
+
+def is_tuner_layer(module: object) -> bool:
+    """Whether a module is one of PEFT's layers around a layer: modules all, which PEFT's class does not say."""
+    return isinstance(module, BaseTunerLayer)
+
+
+def method_of(config: PeftConfig) -> str:
+    """Name of the method that a configuration is of, as PEFT's enumeration has it."""
+    kind: Any = config.peft_type  # a member once the configuration is made
+    return kind.value
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -77,7 +97,7 @@ def add_peft_type(name: str) -> PeftType:
     (``.value``, pickling, copying, JSON), which a plain string would not be.
     """
     if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
+        member: Any = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         member._sort_order_ = len(PeftType.__members__)
         PeftType._member_map_[name] = member

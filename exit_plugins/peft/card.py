@@ -5,9 +5,9 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CardData, ModelCard, ModelCardData
 from torch import nn
 
 from ..exits import exit_costs
@@ -62,7 +62,7 @@ def card_tags(method: str | None) -> list[str]:
 
 def input_size(backbone: nn.Module) -> tuple[int, int, int] | None:
     """(channels, height, width) that the backbone is made for; None if it does not say."""
-    config = getattr(backbone, "config", None)
+    config: Any = getattr(backbone, "config", None)
     if hasattr(config, "image_size"):
         size = config.image_size
         return (getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
@@ -102,7 +102,7 @@ def update_card(
     card.save(path)
 
 
-def _describe(data: ModelCardData, model: "ExitModel", method: str | None) -> None:
+def _describe(data: CardData, model: "ExitModel", method: str | None) -> None:
     """The card's metadata: tags, task, and a base model that others can find."""
     base = _hub_name(model.backbone)
     given = data.to_dict().get("tags") or []

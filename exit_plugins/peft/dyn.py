@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -15,10 +15,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._modules import ModuleList
 from ..exits import MultiExitLoss
 from ..exits.clips import over_clips
 from ..exits.files import atomic_folder
-from ._host import NoMatchingPeftModuleError
+from ._host import HostModel, NoMatchingPeftModuleError, method_of
 from .card import update_card
 from .dyn_config import DynConfig
 from .families import Family, find_family
@@ -48,6 +49,8 @@ class DynPeftModel(ExitModel, PeftModel):
         criterion: called with one exit's logits (B, C) and the labels; cross-entropy if left alone.
     """
 
+    exit_weights: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -71,8 +74,9 @@ class DynPeftModel(ExitModel, PeftModel):
         except NoMatchingPeftModuleError as error:
             unit = family.units(model)[0]
             names = [n for n, m in model.get_submodule(unit).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+            targets = getattr(peft_config, "target_modules", None)
             raise ValueError(
-                f"target_modules={peft_config.target_modules} and the settings beside it name no module that can be "
+                f"target_modules={targets} and the settings beside it name no module that can be "
                 f"adapted in this {type(model).__name__}. Layers in {unit} are called: {', '.join(names)}."
             ) from error
         except (KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -81,7 +85,7 @@ class DynPeftModel(ExitModel, PeftModel):
                 raise
             targets = getattr(peft_config, "target_modules", None)
             raise ValueError(
-                f"PEFT's {peft_config.peft_type.value} cannot adapt "
+                f"PEFT's {method_of(peft_config)} cannot adapt "
                 f"{', '.join(sorted(targets)) if isinstance(targets, set | list) else targets} of this "
                 f"{type(model).__name__}: it failed on them by {type(error).__name__}: {error}. Some methods are for "
                 "linear layers only, or for layers that all have one shape: choose other target_modules."
@@ -105,8 +109,9 @@ class DynPeftModel(ExitModel, PeftModel):
     # The exits of the active adapter
 
     @property
-    def backbone(self) -> nn.Module:
-        return self.base_model.model
+    def backbone(self) -> HostModel:
+        tuner: HostModel = self.base_model
+        return tuner.model
 
     @property
     def _active(self) -> str:
@@ -118,8 +123,8 @@ class DynPeftModel(ExitModel, PeftModel):
         )
 
     @property
-    def early_heads(self) -> nn.ModuleList:
-        return self.exit_heads[self._active]
+    def early_heads(self) -> "ModuleList[EarlyHead]":
+        return cast("ModuleList[EarlyHead]", self.exit_heads[self._active])
 
     @property
     def exit_after(self) -> tuple[int, ...]:
@@ -214,8 +219,8 @@ class DynPeftModel(ExitModel, PeftModel):
     def _weigh_exits(self, progress: float | None = None) -> None:
         progress = self.progress if progress is None else progress
         config = self.dyn_config[self._active]
-        weights = exit_weights(self.num_exits, progress, config.lambda_shallow, config.lambda_deep)
-        weights = torch.tensor(weights, device=last_classifier(self.backbone, self.family).weight.device)
+        values = exit_weights(self.num_exits, progress, config.lambda_shallow, config.lambda_deep)
+        weights = torch.tensor(values, device=last_classifier(self.backbone, self.family).weight.device)
         if self.exit_weights.shape == weights.shape:
             self.exit_weights.copy_(weights)  # in place: compiled steps and CUDA graphs hold on to the buffer
         else:
@@ -360,7 +365,8 @@ class DynPeftModel(ExitModel, PeftModel):
         heads, exit_after, token, training = self.early_heads, self.exit_after, self.token, self.training
         num_frames = self.dyn_config[self._active].num_frames
         check_mergeable(self.backbone, self.active_peft_config.peft_type.value)
-        backbone = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        tuner: HostModel = self.base_model
+        backbone = tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
         halve_saved(backbone)
         merged = MultiExitBackbone(backbone, heads, exit_after, token, self.family).train(training)
         return over_clips(merged, num_frames, keep_forward=True) if num_frames else merged
@@ -372,7 +378,10 @@ class DynPeftModel(ExitModel, PeftModel):
         save_directory: str,
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
         accuracies: Sequence[float] | None = None,
         dataset: str | None = None,
         **kwargs: Any,
@@ -393,10 +402,12 @@ class DynPeftModel(ExitModel, PeftModel):
         state_dict = kwargs.pop("state_dict", None)
         state_dict = self.state_dict() if state_dict is None else state_dict
         heads = {key: value for key, value in state_dict.items() if key.startswith("exit_heads.")}
-        settings = dict(
+        settings: dict[str, Any] = dict(
             safe_serialization=safe_serialization,
             selected_adapters=selected_adapters,
+            save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
+            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
             state_dict={key: value for key, value in state_dict.items() if key not in heads},
             **kwargs,
         )
@@ -427,6 +438,9 @@ class DynPeftModel(ExitModel, PeftModel):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> "DynPeftModel":
         """Read what ``save_pretrained`` wrote, from a folder or the Hugging Face hub, over the same backbone ``model``.
@@ -448,18 +462,23 @@ class DynPeftModel(ExitModel, PeftModel):
                 adapter_name,
                 is_trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                key_mapping=key_mapping,
                 **kwargs,
             )
         return dyn
 
     def load_adapter(
-        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any
+        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """As ``PeftModel.load_adapter``, early heads included; strict, as ``from_pretrained`` is."""
         with reading_folder(model_id):
-            return self._load_adapter(model_id, adapter_name, is_trainable, **kwargs)
+            return self._load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
 
-    def _load_adapter(self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool, **kwargs: Any) -> Any:
+    def _load_adapter(
+        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
         record, heads = read_exits(model_id, "adapter", **hub)
         check_base(model_id, record, self.backbone)
@@ -487,7 +506,7 @@ class DynPeftModel(ExitModel, PeftModel):
                 self.delete_adapter(adapter_name)
             raise
         with self.exit_heads.apart():
-            result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
+            result = super().load_adapter(str(model_id), adapter_name, is_trainable, *args, **kwargs)
         self.exit_heads[adapter_name].load_state_dict(heads)
         return result
 

@@ -101,9 +101,9 @@ class DynConfig:
             if name in without:
                 continue
             default = getattr(cls, name)
-            single = next((t for t in (int, float, str) if t in (kind, *get_args(kind))), None)
             several = {"nargs": "*"} if name == "head_widths" else {"nargs": 2} if isinstance(default, tuple) else {}
-            element = {"head_widths": int, "lambda_shallow": float, "lambda_deep": float}.get(name, single)
+            elements: dict[str, type] = {"head_widths": int, "lambda_shallow": float, "lambda_deep": float}
+            element = elements.get(name) or next(t for t in (int, float, str) if t in (kind, *get_args(kind)))
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
             group.add_argument(
                 f"--{name.replace('_', '-')}",

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ._host import AuxiliaryTrainingWrapper
+from ._host import AuxiliaryTrainingWrapper, HostModel
 
 __all__ = ["Family", "find_family", "names_of", "register_family"]
 
@@ -34,45 +34,45 @@ class Family(ABC):
     interval: int | None = None
 
     @abstractmethod
-    def accepts(self, model: nn.Module) -> bool:
+    def accepts(self, model: HostModel) -> bool:
         """Whether this family's forward is the model's."""
 
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027  most families have nothing to do
+    def prepare(self, model: HostModel) -> None:  # noqa: B027  most families have nothing to do
         """Change what would keep adapters from being called, without changing what the model computes."""
 
     @abstractmethod
-    def units(self, model: nn.Module) -> list[str]:
+    def units(self, model: HostModel) -> list[str]:
         """Names of the units in the order they run."""
 
-    def widths(self, model: nn.Module) -> list[int]:
+    def widths(self, model: HostModel) -> list[int]:
         """Number of features behind each unit."""
         return [model.num_features] * len(self.units(model))
 
-    def has_class_token(self, model: nn.Module) -> bool:
+    def has_class_token(self, model: HostModel) -> bool:
         """Whether ``features`` can be asked for the class token."""
         return False
 
     @abstractmethod
-    def classifiers(self, model: nn.Module) -> list[str]:
+    def classifiers(self, model: HostModel) -> list[str]:
         """Names of the linear layers that give the last exit's logits."""
 
     @abstractmethod
-    def begin(self, model: nn.Module, x: Tensor) -> Any:
+    def begin(self, model: HostModel, x: Tensor) -> Any:
         """Images (B, C, H, W) to the state the first unit reads."""
 
     @abstractmethod
-    def run(self, model: nn.Module, index: int, state: Any) -> tuple[Any, Any]:
+    def run(self, model: HostModel, index: int, state: Any) -> tuple[Any, Any]:
         """What unit ``index`` returned, and the state that the next unit reads."""
 
     @abstractmethod
-    def features(self, model: nn.Module, index: int, output: Any, token: str) -> Tensor:
+    def features(self, model: HostModel, index: int, output: Any, token: str) -> Tensor:
         """What an early head reads of what unit ``index`` returned, (B, width).
 
         ``token`` is ``"cls"``, the class token, or ``"mean"``, the mean over positions.
         """
 
     @abstractmethod
-    def finish(self, model: nn.Module, state: Any) -> Tensor:
+    def finish(self, model: HostModel, state: Any) -> Tensor:
         """The last exit's logits (B, C), by the backbone's own norm and head."""
 
 
@@ -85,7 +85,7 @@ def register_family(family: type[Family]) -> type[Family]:
     return family
 
 
-def find_family(model: nn.Module) -> Family:
+def find_family(model: HostModel) -> Family:
     """How ``model`` is cut: by a registered family, or, for timm's classification models, by tracing it.
 
     Raises:
@@ -109,11 +109,11 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
-def names_of(model: nn.Module, module: nn.Module) -> list[str]:
+def names_of(model: HostModel, module: nn.Module) -> list[str]:
     """Names under which ``module`` stands in ``model``, without PEFT's wrappers around it."""
     wrapped = [w for w in model.modules() if isinstance(w, AuxiliaryTrainingWrapper) and module in set(w.modules())]
-    wanted = wrapped[:1] or [module]
-    return [name for name, found in model.named_modules() if found is wanted[0]]
+    wanted = wrapped[0] if wrapped else module
+    return [name for name, found in model.named_modules() if found is wanted]
 
 
 class _TransformersFamily(Family):
@@ -127,7 +127,7 @@ class _TransformersFamily(Family):
         return type(model) in self.classes
 
     @staticmethod
-    def body(model: nn.Module) -> nn.Module:
+    def body(model: HostModel) -> HostModel:
         return getattr(model, model.base_model_prefix)
 
     def units(self, model):
@@ -206,7 +206,7 @@ class TransformersBeit(_TransformersFamily):
         return super().begin(model, x)
 
     @staticmethod
-    def _resolution(model: nn.Module) -> tuple[int, int]:
+    def _resolution(model: HostModel) -> tuple[int, int]:
         size = model.config.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -244,7 +244,7 @@ class _VisionTower(_TransformersFamily):
     layers = "encoder.layers"
 
     @staticmethod
-    def body(model: nn.Module) -> nn.Module:
+    def body(model: HostModel) -> HostModel:
         return model.vision_model
 
     def units(self, model):

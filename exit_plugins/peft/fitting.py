@@ -1,11 +1,12 @@
 """What dynamic adapters ask of a PEFT method and of a backbone before either is touched."""
 
 import warnings
+from typing import Any
 
 from peft import PeftConfig
 from torch import nn
 
-from ._host import AuxiliaryTrainingWrapper
+from ._host import AuxiliaryTrainingWrapper, HostModel, method_of
 from .dyn_config import DynConfig
 from .families import Family
 
@@ -20,7 +21,7 @@ _UNFIT = {
 }
 
 
-def last_classifier(model: nn.Module, family: Family) -> nn.Module:
+def last_classifier(model: HostModel, family: Family) -> HostModel:
     """The layer that gives the last exit's logits; what stands there, if it is none."""
     found = model.get_submodule(family.classifiers(model)[0])
     if isinstance(found, AuxiliaryTrainingWrapper):
@@ -32,7 +33,7 @@ def last_classifier(model: nn.Module, family: Family) -> nn.Module:
 
 def check_method(config: PeftConfig) -> None:
     """TypeError if the method cannot adapt the layers of an image classifier, ValueError if it is told it is none."""
-    method = config.peft_type.value
+    method = method_of(config)
     reason = _UNFIT.get(method)
     if config.is_prompt_learning or config.is_adaption_prompt or not hasattr(config, "modules_to_save"):
         reason = reason or "it does not wrap layers of the backbone"
@@ -45,7 +46,7 @@ def check_method(config: PeftConfig) -> None:
         raise ValueError(f"task_type={config.task_type} is for language models; leave it out.")
 
 
-def check_backbone(model: nn.Module, family: Family, config: DynConfig) -> tuple[int, ...]:
+def check_backbone(model: HostModel, family: Family, config: DynConfig) -> tuple[int, ...]:
     """Where exits stand in ``model``, if ``config`` fits it.
 
     ValueError, which says what to create instead, if it does not.
@@ -70,7 +71,7 @@ def check_backbone(model: nn.Module, family: Family, config: DynConfig) -> tuple
     return exit_after
 
 
-def save_classifiers(config: PeftConfig, model: nn.Module, names: list[str]) -> None:
+def save_classifiers(config: Any, model: HostModel, names: list[str]) -> None:
     """Have the classifiers trained and saved along, as PEFT's ``modules_to_save``."""
     # PEFT goes by the ends of names.
     ends = tuple(names)

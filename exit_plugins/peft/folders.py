@@ -22,6 +22,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from ..exits.files import atomic_folder
 from ..exits.reading import reading, strict_json
 from ..timm._host import save_config_for_hf
+from ._host import HostModel
 from .families import Family, find_family
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def check_keys(what: str, found: set[str], expected: set[str]) -> None:
         )
 
 
-def name_of(model: nn.Module) -> str | None:
+def name_of(model: HostModel) -> str | None:
     """The architecture of a timm model, or where a transformers model comes from; None if it does not say."""
     if hasattr(model, "pretrained_cfg"):
         return (model.pretrained_cfg or {}).get("architecture")
@@ -179,7 +180,7 @@ def load_merged(
     config = json.loads(_find(model_id, "config.json", **hub).read_text()) if model is None else {}
     by_transformers = "model_type" in config or isinstance(model, PreTrainedModel)
     if by_transformers:
-        cls = AutoModelForImageClassification if model is None else type(model)
+        cls: Any = AutoModelForImageClassification if model is None else type(model)
         backbone, report = cls.from_pretrained(str(model_id), output_loading_info=True, **hub)
         weights = {key.removeprefix(_EXTRA): value for key, value in tensors.items() if key.startswith(_EXTRA)}
         replaced = tuple(f"{name}." for name in find_family(backbone).classifiers(backbone))

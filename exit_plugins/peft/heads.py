@@ -40,8 +40,9 @@ class WideClassifier(nn.Linear):
 
     def __init__(self, width: int, num_classes: int, hidden: int) -> None:
         super().__init__(hidden, num_classes)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU())
-        for layer in (self.mlp[0], self):
+        inner = nn.Linear(width, hidden)
+        self.mlp = nn.Sequential(inner, nn.GELU())
+        for layer in (inner, self):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
@@ -70,7 +71,7 @@ def widen_classifiers(model: nn.Module, names: Sequence[str], hidden: int) -> No
         model.set_submodule(name, wide.to(old.weight.device, old.weight.dtype).train(old.training))
 
 
-class ExitHeads(nn.ModuleDict, AuxiliaryTrainingWrapper):
+class ExitHeads(nn.ModuleDict, AuxiliaryTrainingWrapper):  # type: ignore[misc]  # PEFT's update is never called here
     """Early heads by adapter name, (K - 1) of them each.
 
     PEFT asks modules of this kind what of them belongs to an adapter, so that ``peft.get_peft_model_state_dict`` and
@@ -83,7 +84,9 @@ class ExitHeads(nn.ModuleDict, AuxiliaryTrainingWrapper):
         nn.Module.__init__(self)
         self._apart = False
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapter_state_dict(  # type: ignore[override]  # PEFT gives the state dict, which its base class forgets
+        self, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Of the state dict of this module, the entries of the adapter, without its name. Tensors keep their shapes."""
         prefix = f"{adapter_name}."
         return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}

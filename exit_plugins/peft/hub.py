@@ -3,12 +3,18 @@
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
 __all__ = ["PushesToHub"]
+
+
+class _Saves(Protocol):
+    """What ``PushesToHub`` is mixed into."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None: ...
 
 
 class PushesToHub:
@@ -18,7 +24,7 @@ class PushesToHub:
     """
 
     def push_to_hub(
-        self,
+        self: _Saves,
         repo_id: str,
         *,
         commit_message: str | None = None,
@@ -44,7 +50,7 @@ class PushesToHub:
         with tempfile.TemporaryDirectory() as folder:
             card = Path(folder, "README.md")
             with suppress(EntryNotFoundError):  # of the first upload
-                ModelCard.load(repo_id, token=token).save(card)
+                ModelCard.load(repo_id, token=token).save(card)  # type: ignore[arg-type]  # takes what downloads take
             self.save_pretrained(folder, **kwargs)
             if tags:
                 written = ModelCard.load(card)

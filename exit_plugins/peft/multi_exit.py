@@ -4,15 +4,16 @@ import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .._modules import ModuleList
 from ..exits import MultiExit
 from ..exits.clips import over_clips
-from ._host import AuxiliaryTrainingWrapper, BaseTunerLayer
+from ._host import AuxiliaryTrainingWrapper, BaseTunerLayer, HostModel
 from .card import update_card
 from .families import Family, find_family
 from .folders import load_merged, save_merged
@@ -46,7 +47,16 @@ class DynOutput(ModelOutput):
     exit_logits: Tensor | None = None
 
 
-class ExitModel(PushesToHub, MultiExit):
+if TYPE_CHECKING:
+
+    class _Module(MultiExit, nn.Module):
+        """What the class below is mixed into."""
+
+else:
+    _Module = MultiExit
+
+
+class ExitModel(PushesToHub, _Module):
     """The multi-exit protocol over a backbone with early heads; mixin of the model in training and of the merged one.
 
     A subclass gives ``backbone``, ``early_heads`` (K - 1 modules), ``family``, ``exit_after`` (how many units have run
@@ -57,18 +67,28 @@ class ExitModel(PushesToHub, MultiExit):
     main_input_name = "pixel_values"
     predict_exits = False  # whether trainers collect the logits of all exits in evaluation, see DynOutput
 
-    backbone: nn.Module
-    early_heads: Sequence[nn.Module]
     family: Family
-    exit_after: tuple[int, ...]
-    token: str
+
+    if TYPE_CHECKING:  # of attributes, or of what the active adapter has
+
+        @property
+        def backbone(self) -> HostModel: ...
+
+        @property
+        def early_heads(self) -> ModuleList[EarlyHead]: ...
+
+        @property
+        def exit_after(self) -> tuple[int, ...]: ...
+
+        @property
+        def token(self) -> str: ...
 
     @property
-    def num_exits(self) -> int:
+    def num_exits(self) -> int:  # type: ignore[override]  # what the exits say: other models keep it, none takes it
         return len(self.exit_after)
 
     @property
-    def sample_ndim(self) -> int:
+    def sample_ndim(self) -> int:  # type: ignore[override]  # the same
         return self.family.sample_ndim
 
     @property
@@ -109,7 +129,7 @@ class ExitModel(PushesToHub, MultiExit):
 
     def forward(
         self, x: Tensor | None = None, labels: Tensor | None = None, *, pixel_values: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, ...] | DynOutput:
+    ) -> Any:
         """Called with images alone, as every multi-exit model; called as transformers models are, a ``DynOutput``.
 
         Args:
@@ -122,7 +142,8 @@ class ExitModel(PushesToHub, MultiExit):
             TypeError: the images are given twice, or not at all.
             ValueError: training by name without labels, which would leave the early exits out.
         """
-        if (x is None) == (pixel_values is None):
+        images = x if pixel_values is None else pixel_values
+        if images is None or (x is not None and pixel_values is not None):
             raise TypeError("give the images once, as the first argument or as pixel_values.")
         if pixel_values is not None and labels is None and self.training:
             raise ValueError(
@@ -130,7 +151,7 @@ class ExitModel(PushesToHub, MultiExit):
                 "exit. With transformers' Trainer that is label_smoothing_factor or compute_loss_func, either of which "
                 "would train the last exit alone: use DynConfig(label_smoothing=...), or set `criterion` of the model."
             )
-        outputs = self.forward_exits(x if pixel_values is None else pixel_values)
+        outputs = self.forward_exits(images)
         if pixel_values is None and labels is None:
             return outputs if self.training else outputs[-1]
         loss = None if labels is None else self.loss(outputs, labels)
@@ -229,10 +250,15 @@ class MultiExitBackbone(ExitModel, nn.Module):
     with exits.
     """
 
+    backbone: HostModel
+    early_heads: "ModuleList[EarlyHead]"
+    exit_after: tuple[int, ...]
+    token: str
+
     def __init__(
         self,
-        backbone: nn.Module,
-        early_heads: nn.ModuleList,
+        backbone: HostModel,
+        early_heads: "ModuleList[EarlyHead]",
         exit_after: Sequence[int],
         token: str,
         family: Family | None = None,
@@ -300,7 +326,7 @@ class MultiExitBackbone(ExitModel, nn.Module):
             ValueError: the folder holds no such model, or it does not fit ``model``; what is missing is named.
         """
         backbone, family, record, heads = load_merged(model_id, model, widen_classifiers, **hub)
-        early = nn.ModuleList(
+        early = ModuleList(
             EarlyHead(width, record["num_classes"], hidden)
             for width, hidden in zip(record["widths"], record["hidden_widths"], strict=True)
         )

@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ._host import BaseTunerLayer
+from ._host import is_tuner_layer
 
 __all__ = ["GradientMask", "exit_weights", "set_dropout"]
 
@@ -41,7 +41,7 @@ def set_dropout(
     for name, layer in model.named_modules():
         if name in units:
             depth = units.index(name)
-        if not isinstance(layer, BaseTunerLayer):
+        if not is_tuner_layer(layer):
             continue
         # What stands between two units runs with the later one.
         within = depth >= 0 and (name == units[depth] or name.startswith(f"{units[depth]}."))
@@ -91,8 +91,8 @@ class GradientMask:
         self._handles: list = []
         self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
-    def attach(self, optimizer: Optimizer) -> "GradientMask":
-        """Act on every step of ``optimizer``; wrappers around it (accelerate's) are seen through.
+    def attach(self, optimizer: Any) -> "GradientMask":
+        """Act on every step of ``optimizer``, torch's; wrappers around it (accelerate's) are seen through.
 
         ValueError if the optimizer has none of the parameters.
         """
@@ -119,7 +119,7 @@ class GradientMask:
 
     def draw(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Boolean masks of this step, True where an entry may move; one draw over all parameters of a device."""
-        masks: list[Tensor | None] = [None] * len(parameters)
+        masks: dict[int, Tensor] = {}
         for device in {p.device for p in parameters}:
             mine = [index for index, p in enumerate(parameters) if p.device == device]
             generator = torch.Generator(device=device).manual_seed(self.seed * 1_000_003 + self.step)
@@ -127,17 +127,17 @@ class GradientMask:
             keep = torch.rand(sum(sizes), generator=generator, device=device) >= self.share
             for index, mask in zip(mine, keep.split(sizes), strict=True):
                 masks[index] = mask.view(parameters[index].shape)
-        return masks
+        return [masks[index] for index in range(len(parameters))]
 
     @torch.no_grad()
     def _before(self) -> None:
         parameters = [p for p in self.parameters if p.grad is not None]
         if self.share and parameters:
             for p, mask in zip(parameters, self.draw(parameters), strict=True):
-                if self.mode == "gradient":
-                    p.grad.mul_(mask)
-                else:
+                if self.mode == "update":
                     self._held.append((p, mask, p.detach().clone()))
+                elif p.grad is not None:
+                    p.grad.mul_(mask)
         self.step += 1
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm.models
 import timm.scheduler
@@ -30,13 +30,17 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..timm._progress import follow_updates
-from ..timm._scripts import check_script, run_script
+from ..timm._scripts import Names, check_script, run_script
+from ._host import HostModel
 from .bottleneck import BottleneckConfig
 from .checkpoints import load_backbone
 from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
 from .folders import CONFIG_NAME
 from .multi_exit import MultiExitBackbone
 from .repadapter import RepAdapterConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["DynTask", "dyn_peft", "main"]
 
@@ -100,7 +104,7 @@ def dyn_peft(
     )
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def _inside(model: HostModel) -> HostModel:
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
         model = model.module if hasattr(model, "module") else model._orig_mod
     return model
@@ -119,6 +123,11 @@ class DynTask(timm.task.ClassificationTask):
             self.dynamic.criterion = self.criterion
             DynTask.latest = weakref.ref(self.dynamic)
 
+    @classmethod
+    def latest_model(cls) -> DynPeftModel | None:
+        """The dynamic model of the task made last, as long as it lives."""
+        return None if cls.latest is None else cls.latest()
+
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss and last exit's logits of a batch: ``{"loss": (), "output": (B, C)}``."""
         if self.dynamic is None:
@@ -126,9 +135,10 @@ class DynTask(timm.task.ClassificationTask):
         outputs = self.trainable_module(input)
         return {"loss": self.dynamic.loss(outputs, target), "output": outputs[-1]}
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "DynTask":
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "Self":
         """Wrap the model in DistributedDataParallel; on the CPU, where DDP refuses device ids, without them."""
-        return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
+        super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
+        return self
 
 
 def _following_scheduler(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,7 +146,7 @@ def _following_scheduler(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def create_scheduler_v2(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         scheduler, epochs = make(optimizer, *args, **kwargs)
-        model = DynTask.latest and DynTask.latest()
+        model = DynTask.latest_model()
         if model is None:
             return scheduler, epochs
         per_epoch = kwargs.get("updates_per_epoch")
@@ -171,13 +181,13 @@ def main(argv: list[str] | None = None) -> None:
         folders.append(make_folder(*args, **kwargs))
         return folders[-1]
 
-    names = {
+    names: Names = {
         "timm.task": {"ClassificationTask": DynTask},
         "timm.scheduler": {"create_scheduler_v2": _following_scheduler(timm.scheduler.create_scheduler_v2)},
         "timm.utils": {"get_outdir": get_outdir},
     }
     script = run_script(argv[0], argv[1:], names)  # noqa: F841  keeps the script's model alive
-    model = DynTask.latest and DynTask.latest()
+    model = DynTask.latest_model()
     if model is not None and folders:
         model.save_pretrained(os.path.join(folders[-1], "adapter"))
 

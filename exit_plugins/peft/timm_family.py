@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..exits import MultiExit
 from ..timm.split import Split, find_cuts, is_layer, pool_features, traceable_copy
-from ._host import BaseTunerLayer
+from ._host import HostModel, is_tuner_layer, method_of
 from .families import Family, names_of
 
 __all__ = ["TimmFamily", "fill_targets", "input_size", "is_timm", "timm_classifiers", "uncalled_adapters"]
@@ -21,19 +21,19 @@ _ATTENTION = {"qkv", "q", "k", "v", "kv", "qk", "q_proj", "k_proj", "v_proj", "q
 _MLP_IN, _MLP_OUT = {"fc1"}, {"fc2"}
 
 
-def is_timm(model: nn.Module) -> bool:
+def is_timm(model: HostModel) -> bool:
     """Whether ``model`` answers what timm's classification models answer."""
     return all(hasattr(model, name) for name in ("feature_info", "forward_features", "get_classifier", "num_features"))
 
 
-def timm_classifiers(model: nn.Module) -> list[str]:
+def timm_classifiers(model: HostModel) -> list[str]:
     """Names of the layers that give a timm model's logits."""
     found = model.get_classifier()
     found = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     return [part for module in found for name in names_of(model, module) for part in _parts(model, name)]
 
 
-def _parts(model: nn.Module, name: str) -> list[str]:
+def _parts(model: HostModel, name: str) -> list[str]:
     """``name``, or the parts of that module where one of them is called as it is (``head`` and ``head.head``).
 
     PEFT goes by the ends of names, and would train both the whole and a copy of the part that nothing calls.
@@ -44,7 +44,7 @@ def _parts(model: nn.Module, name: str) -> list[str]:
     return [f"{name}.{child}" for child, part in module.named_children() if next(part.parameters(), None) is not None]
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
+def input_size(model: HostModel) -> tuple[int, int, int]:
     """(channels, height, width) that a timm model is made for."""
     channels, *size = get_model_input_config(model)["input_size"]
     # A model that was made by its class, and not by name, says its size here alone.
@@ -65,7 +65,7 @@ class TimmFamily(Family):
         ValueError: The network cannot be traced, or has fewer than two places for exits.
     """
 
-    def __init__(self, model: nn.Module, place: str = "") -> None:
+    def __init__(self, model: HostModel, place: str = "") -> None:
         self.place = f"{place}." if place else ""
         net = self.net(model)
         if isinstance(net, MultiExit):
@@ -87,33 +87,33 @@ class TimmFamily(Family):
         parts = [name.split(".") for name in names]
         self._opened = {".".join(part[:count]) for part in parts for count in range(len(part))}
 
-    def net(self, model: nn.Module) -> nn.Module:
+    def net(self, model: HostModel) -> HostModel:
         """timm's own network in ``model``."""
         return model.get_submodule(self.place[:-1])
 
-    def accepts(self, model: nn.Module) -> bool:
+    def accepts(self, model: HostModel) -> bool:
         return is_timm(model)
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: HostModel) -> None:
         # With a fused bias timm reads qkv.weight and never calls qkv, so that an adapter around it has no effect.
         for module in model.modules():
             if getattr(module, "qkv", None) is not None and getattr(module, "qkv_bias_separate", None) is False:
                 module.qkv_bias_separate = True
 
-    def units(self, model: nn.Module) -> list[str]:
+    def units(self, model: HostModel) -> list[str]:
         return [self.place + cut.name for cut in self.split.cuts]
 
-    def widths(self, model: nn.Module) -> list[int]:
+    def widths(self, model: HostModel) -> list[int]:
         return [cut.width for cut in self.split.cuts]
 
-    def has_class_token(self, model: nn.Module) -> bool:
+    def has_class_token(self, model: HostModel) -> bool:
         token = getattr(self.net(model), "cls_token", None)
         return token is not None and all(any(cut.prefix_tokens) for cut in self.split.cuts)
 
-    def classifiers(self, model: nn.Module) -> list[str]:
+    def classifiers(self, model: HostModel) -> list[str]:
         return [self.place + name for name in timm_classifiers(self.net(model))]
 
-    def begin(self, model: nn.Module, x: Tensor) -> Tensor:
+    def begin(self, model: HostModel, x: Tensor) -> Tensor:
         return x
 
     def run(self, model, index, state):
@@ -125,7 +125,7 @@ class TimmFamily(Family):
         # Most networks pass one tensor on: it is the state. One value that is a tuple (PiT's map and token) is none.
         return output, state[0] if len(state) == 1 and isinstance(state[0], Tensor) else state
 
-    def _checkpoints(self, net: nn.Module) -> bool:
+    def _checkpoints(self, net: HostModel) -> bool:
         """Whether timm was told to trade computation for memory in a module that the segments replace, in training."""
         told = any(getattr(net.get_submodule(name), "grad_checkpointing", False) for name in self._opened)
         return told and net.training and torch.is_grad_enabled()
@@ -142,12 +142,12 @@ def _is_stem(name: str, module: nn.Module) -> bool:
     return name.startswith("stem") or is_layer(module)
 
 
-def _feature_info(model: nn.Module) -> list[dict]:
+def _feature_info(model: HostModel) -> list[dict]:
     info = model.feature_info
     return [entry for entry in getattr(info, "info", info) or [] if isinstance(entry, dict)]
 
 
-def fill_targets(config: PeftConfig, model: nn.Module, family: TimmFamily) -> None:
+def fill_targets(config: PeftConfig, model: HostModel, family: TimmFamily) -> None:
     """Name the layers to adapt where ``config`` leaves ``target_modules`` out, and print which they are.
 
     In transformers, the inputs of attention; for RepAdapter those of MLPs as well; for Bottleneck the outputs of MLPs.
@@ -159,7 +159,7 @@ def fill_targets(config: PeftConfig, model: nn.Module, family: TimmFamily) -> No
     """
     if not hasattr(config, "target_modules") or config.target_modules is not None:
         return
-    method = config.peft_type.value
+    method = method_of(config)
     units = family.units(model)
     # Not every stage ends in a unit: EfficientNet's feature_info leaves some out, which the next segment runs.
     homes = tuple(f"{unit.rpartition('.')[0] or unit}." for unit in units)
@@ -212,7 +212,7 @@ def _shortened(chosen: list[str], names: list[str]) -> list[str]:
     return sorted(result)
 
 
-def inputs_of(model: nn.Module, size: tuple[int, int, int], names: Iterable[str]) -> dict[str, torch.Size]:
+def inputs_of(model: HostModel, size: tuple[int, int, int], names: Iterable[str]) -> dict[str, torch.Size]:
     """Shape of what a forward pass calls each of the modules ``names`` with; those it never calls are left out."""
     shadow = traceable_copy(model).eval()
     seen: dict[str, torch.Size] = {}
@@ -228,8 +228,8 @@ def inputs_of(model: nn.Module, size: tuple[int, int, int], names: Iterable[str]
     return seen
 
 
-def uncalled_adapters(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
+def uncalled_adapters(model: HostModel, size: tuple[int, int, int]) -> list[str]:
     """Names of adapted layers that nothing calls, as timm reads some layers' weights directly: without effect."""
-    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    adapted = [name for name, module in model.named_modules() if is_tuner_layer(module)]
     seen = inputs_of(model, size, adapted)
     return [name for name in adapted if name not in seen]

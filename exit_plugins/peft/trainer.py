@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ._host import HostModel
 from .dyn import DynPeftModel
 from .schedule import GradientMask
 
@@ -29,7 +30,7 @@ class DynTrainerCallback(TrainerCallback):
         self.mask: GradientMask | None = None
 
     @staticmethod
-    def _inside(model: nn.Module) -> DynPeftModel:
+    def _inside(model: HostModel) -> DynPeftModel:
         while not isinstance(model, DynPeftModel):
             inner = getattr(model, "module", None)
             inner = getattr(model, "_orig_mod", None) if inner is None else inner

@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ._host import BaseTuner, BaseTunerLayer, get_pattern_key
+from ._host import BaseTuner, BaseTunerLayer, HostModel, get_pattern_key
 
 __all__ = ["AdapterConfig", "AdapterLayer", "AdapterModel"]
 
@@ -78,8 +78,8 @@ class AdapterConfig(PeftConfig):
     def of_layer(self, name: str) -> dict[str, Any]:
         """The settings that may differ from layer to layer, for the module called ``name``."""
         return {
-            "r": self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r),
-            "dropout": self.dropout_pattern.get(get_pattern_key(self.dropout_pattern, name), self.dropout),
+            "r": self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r),
+            "dropout": self.dropout_pattern.get(get_pattern_key(list(self.dropout_pattern), name), self.dropout),
         }
 
 
@@ -120,10 +120,20 @@ class AdapterLayer(BaseTunerLayer):
 class AdapterModel(BaseTuner):
     """Beginning of a tuner: wraps every target in the tuner's layer class, or adds a further adapter to one."""
 
-    tuner_layer_cls: type[AdapterLayer]
+    tuner_layer_cls: Any  # an nn.Module and an AdapterLayer, with the method's own ``update_layer``
 
-    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
-        settings = config.of_layer(current_key)
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: HostModel,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        config, settings = peft_config, peft_config.of_layer(current_key)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config, **settings)
             self._after_update(config, adapter_name, target, target_name, parent)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ._host import TimmModel
 from .split import Split, map_layout, traceable_copy
 
-__all__ = ["FeatureBranch", "network_branch"]
+__all__ = ["FeatureBranch", "NetworkPiece", "network_branch"]
 
 _STEMS = ("stem", "patch_embed")  # where ``feature_info`` begins with the first stage
 
@@ -25,12 +25,13 @@ class FeatureBranch(NamedTuple):
     head_width: int = 0
 
 
-class _Piece(nn.Module):
+class NetworkPiece(nn.Module):
     """What a network computes between two cuts, on maps (B, C, H, W). Its weights are the network's, elsewhere."""
 
     def __init__(self, net: TimmModel, split: Split, index: int, last_in: bool, last_out: bool) -> None:
         super().__init__()
         # No submodule: the weights must not appear twice.
+        self.net: TimmModel
         self.__dict__["net"] = net
         self.split, self.index, self.last_in, self.last_out = split, index, last_in, last_out
 
@@ -71,7 +72,8 @@ def network_branch(net: TimmModel) -> FeatureBranch:
     shape = split.output_shapes[0]
     layouts = ["NCHW", *(cut.layouts[0] for cut in split.cuts), map_layout(net, shape, input_size)]
     pieces = [
-        _Piece(net, split, index, layouts[index] == "NHWC", layouts[index + 1] == "NHWC") for index in range(len(split))
+        NetworkPiece(net, split, index, layouts[index] == "NHWC", layouts[index + 1] == "NHWC")
+        for index in range(len(split))
     ]
     _freeze_unused(net, input_size)
     width = shape[0] if layouts[-1] == "NCHW" else shape[-1]

@@ -14,7 +14,7 @@ from ..exits import exit_costs
 from ..exits.files import atomic_write
 from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.protocol import check_multi_exit
-from ._host import generate_readme, hf_split
+from ._host import TimmModel, generate_readme, hf_split, model_config
 from ._shipped import list_shipped, shipped_policy
 from .images import input_config
 
@@ -41,7 +41,7 @@ output = exit_plugins.AdaptiveModel(model, policy)(images)
 
 
 def model_card(
-    model: nn.Module,
+    model: TimmModel,
     accuracies: Sequence[float] | None = None,
     dataset: str | None = None,
     **entries: Any,
@@ -59,7 +59,6 @@ def model_card(
         ValueError: the number of accuracies is not that of the exits.
     """
     stats = _exit_stats(model, accuracies)
-    cfg = model.pretrained_cfg
     details: dict[str, Any] = {
         "Model Type": f"Image classification with {model.num_exits} early exits",
         "Model Stats": {
@@ -71,7 +70,7 @@ def model_card(
     }
     if dataset is not None:
         details["Dataset"] = dataset
-    name = cfg["architecture"]
+    name = model_config(model)["architecture"]
     budget = sum(stats["macs"]) / len(stats["macs"])
     card = {
         "tags": ["image-classification", "timm", "early-exit", "exit-plugins"],
@@ -83,7 +82,7 @@ def model_card(
 
 
 def save_for_hf(
-    model: nn.Module,
+    model: TimmModel,
     folder: str | os.PathLike[str],
     accuracies: Sequence[float] | None = None,
     dataset: str | None = None,
@@ -126,7 +125,7 @@ def save_for_hf(
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(model, str(folder), safe_serialization=safe_serialization, **kwargs)
     with atomic_write(folder / "README.md") as file:
-        file.write(generate_readme(card, model.pretrained_cfg["architecture"]))
+        file.write(generate_readme(card, model_config(model)["architecture"]))
     if policy is not None:
         policy.save(folder / _POLICY)
     return folder
@@ -190,13 +189,13 @@ def _check_policy(policy: ExitPolicy, model: nn.Module) -> None:
 
 def _exit_stats(model: nn.Module, accuracies: Sequence[float] | None) -> dict[str, Any]:
     """MACs and parameters up to every exit, as plain numbers."""
-    check_multi_exit(model)
-    if accuracies is not None and len(accuracies) != model.num_exits:
-        raise ValueError(f"{len(accuracies)} accuracies for a model of {model.num_exits} exits; give one per exit.")
+    num_exits = int(check_multi_exit(model).num_exits)
+    if accuracies is not None and len(accuracies) != num_exits:
+        raise ValueError(f"{len(accuracies)} accuracies for a model of {num_exits} exits; give one per exit.")
     input_size = [int(side) for side in input_config(model)["input_size"]]
     costs = exit_costs(model, input_size)
     stats: dict[str, Any] = {
-        "num_exits": int(model.num_exits),
+        "num_exits": num_exits,
         "input_size": input_size,
         "macs": [int(macs) for macs in costs.macs],
         "params": [int(params) for params in costs.params],

@@ -45,7 +45,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: "DVT") -> dict[st
         if not isinstance(stage.pos_embed, nn.Parameter):
             state_dict[key] = stage.pos_embed
         elif state_dict[key].shape != stage.pos_embed.shape:
-            base = tuple(axis.count(side) for axis, side in zip(stage.patches, model.cfg.base_size, strict=True))
+            base = tuple(axis.count(side) for axis, side in zip(stage.patches, model.base_size, strict=True))
             old_size = base if 1 + base[0] * base[1] == state_dict[key].shape[1] else None
             state_dict[key] = resample_abs_pos_embed(state_dict[key], new_size=stage.grid, old_size=old_size)
         if stage.tokens_to_token is not None:
@@ -73,7 +73,7 @@ def allow_numpy_data() -> AbstractContextManager[None]:
     scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")}
     # numpy 2 moved these functions; files name them by the place they were in when written.
-    moved = [
+    moved: list[tuple[Any, str]] = [
         (function, f"numpy.{core}.multiarray.{name}")
         for core in ("core", "_core")
         for function, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))
@@ -84,7 +84,7 @@ def allow_numpy_data() -> AbstractContextManager[None]:
 def policies_from_checkpoint(
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     model: nn.Module | None = None,
-    costs: Sequence[float] | None = None,
+    costs: Sequence[float] | np.ndarray | None = None,
 ) -> list[ExitPolicy]:
     """The thresholds stored in one of the authors' checkpoints, one policy per row, in the file's order.
 
@@ -113,9 +113,9 @@ def policies_from_checkpoint(
     if rows is None or rows.ndim != 2 or rows.size == 0:
         raise ValueError("dynamic_threshold is not a table of numbers (rows, exits).")
     if costs is None:
-        costs = _as_array(checkpoint.get("flops"))
-        if costs is None or costs.shape != rows.shape[1:]:
-            costs = None
+        flops = _as_array(checkpoint.get("flops"))
+        if flops is not None and flops.shape == rows.shape[1:]:
+            costs = flops
     described = None if model is None else describe_model(model)
     return [
         ExitPolicy(row, costs=costs, model=described, source={"method": "msdnet", "dynamic_threshold_row": index})

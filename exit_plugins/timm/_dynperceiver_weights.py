@@ -8,7 +8,7 @@ from timm.models.regnet import Bottleneck as RegNetBottleneck
 from torch import Tensor, nn
 
 from ._checkpoints import check_keys, unwrap_state_dict
-from ._host import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
+from ._host import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite, TimmModel
 
 if TYPE_CHECKING:
     from .dynperceiver import DynPerceiver
@@ -89,8 +89,9 @@ def _public_name(key: str, model: "DynPerceiver") -> tuple[str, ...]:
         if isinstance(model.stem, ConvNormAct):
             return ("cnn_stem." + _public_block(model.stem, name),)
         index, _, name = name.partition(".")
-        public = _public_block(model.stem[int(index)], name)
-        return ("cnn_stem." + (public if isinstance(model.stem[1], nn.MaxPool2d) else f"{index}.{public}"),)
+        stem: TimmModel = model.stem
+        public = _public_block(stem[int(index)], name)
+        return ("cnn_stem." + (public if isinstance(stem[1], nn.MaxPool2d) else f"{index}.{public}"),)
     if root == "transfers":
         index, part, name = name.split(".", 2)
         return (f"isc{int(index) + 3}.{dict(fc=0, norm=1)[part]}.{name}",)
@@ -139,7 +140,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: "DynPerceiver") -> d
     """
     state_dict = unwrap_state_dict(state_dict)
     if any(key.startswith("stages.") for key in state_dict):
-        names = {key: (key,) for key in model.state_dict()}
+        names: dict[str, tuple[str, ...]] = {key: (key,) for key in model.state_dict()}
     elif model.left_out:
         raise ValueError(
             f"the authors' weights are those of the whole network, and this one was built with other values of "

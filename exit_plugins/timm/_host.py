@@ -16,10 +16,12 @@ __all__ = [
     "feature_take_indices",
     "generate_readme",
     "hf_split",
+    "model_config",
     "model_traits",
     "registered_modules",
     "resolve_pretrained_source",
     "save_config_for_hf",
+    "set_model_config",
     "set_model_traits",
     "update_model_args",
     "update_model_input_size",
@@ -91,6 +93,16 @@ from timm.models._input import update_model_args, update_model_input_size  # noq
 def registered_modules() -> dict[str, str]:
     """For each registered model, the last part of the name of the module that registered it."""
     return dict(_registry._model_to_module)
+
+
+def model_config(model: TimmModel) -> dict[str, Any]:
+    """The pretrained configuration in a model, the model's own to change; an empty one of a network that has none."""
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
+def set_model_config(model: TimmModel, config: dict[str, Any]) -> None:
+    """Give a model its pretrained configuration, under both of the names that timm reads."""
+    model.pretrained_cfg = model.default_cfg = config
 
 
 def model_traits(model: TimmModel) -> dict[str, Any]:

@@ -7,7 +7,7 @@ reads what is planned as data (``_scale_plan``), and the network is built from t
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -15,6 +15,7 @@ from timm.layers import ClassifierHead, ConvNormAct, DropPath, calculate_drop_pa
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from .._modules import ModuleDict, ModuleList
 from ..exits.protocol import MultiExit
 from ._host import feature_take_indices
 from ._scale_plan import LayerPlan, plan_layers, trim_plan
@@ -34,7 +35,7 @@ class MultiScaleStem(nn.Module):
         super().__init__()
         self.in_chans = in_chans
         self.finest = finest
-        self.coarser = nn.ModuleList(coarser)
+        self.coarser = ModuleList(coarser)
         self.keep(returns)
 
     def keep(self, returns: Sequence[int]) -> None:
@@ -106,7 +107,7 @@ class DenseLayer(ScalesLayer):
 
     def __init__(self, scales: dict[int, DenseScale], plan: LayerPlan) -> None:
         super().__init__()
-        self.scales = nn.ModuleDict({str(scale): module for scale, module in scales.items()})
+        self.scales = ModuleDict({str(scale): module for scale, module in scales.items()})
         self.keep(plan)
 
     def keep(self, plan: LayerPlan) -> None:
@@ -227,8 +228,8 @@ class MultiScaleNet(MultiExit, nn.Module):
             self._conv(width * factors[s - 1], width * factors[s], 3, stride=2, **dd) for s in range(1, num_scales)
         ]
         self.stem = MultiScaleStem(in_chans, finest, coarser, self.stem_scales)
-        rates = calculate_drop_path_rates(drop_path_rate, num_layers)
-        self.layers = nn.ModuleList(self._make_layer(index, plan, rates, dd) for index, plan in enumerate(self.plans))
+        rates = cast("list[float]", calculate_drop_path_rates(drop_path_rate, num_layers))
+        self.layers = ModuleList(self._make_layer(index, plan, rates, dd) for index, plan in enumerate(self.plans))
         heads = []
         for layer in self.exit_layers:
             channels = self._channels(layer, num_scales - 1)
@@ -238,7 +239,7 @@ class MultiScaleNet(MultiExit, nn.Module):
                     self._make_head(channels, head_chs, dd), head_chs, num_classes, global_pool, drop_rate, **dd
                 )
             )
-        self.heads = nn.ModuleList(heads)
+        self.heads = ModuleList(heads)
         self.num_features = self.heads[-1].classifier.in_features
         self.head_hidden_size = self.heads[-1].classifier.num_features
 
@@ -297,7 +298,7 @@ class MultiScaleNet(MultiExit, nn.Module):
     def _conv(self, in_chs: int, out_chs: int, kernel: int, stride: int = 1, **kwargs) -> ConvNormAct:
         return ConvNormAct(in_chs, out_chs, kernel, stride=stride, act_layer=self.act_layer, **kwargs)
 
-    def _make_layer(self, index: int, plan: LayerPlan, rates: Sequence[float], dd: dict[str, Any]) -> nn.Module:
+    def _make_layer(self, index: int, plan: LayerPlan, rates: Sequence[float], dd: dict[str, Any]) -> ScalesLayer:
         """Layer ``index``; ``rates`` are the drop path rates of all layers, in order."""
         scales = {}
         for s in plan.computes:
@@ -309,7 +310,7 @@ class MultiScaleNet(MultiExit, nn.Module):
                 finer = (plan.in_width + self.growth * self.fuses_new) * self.growth_factors[s - 1]
                 down = self._make_branch(finer, total, bottlenecks[s - 1], 2, dd)
             normal = self._make_branch(in_chs, total, bottlenecks[s], 1, dd)
-            transition = nn.Identity()
+            transition: nn.Module = nn.Identity()
             if plan.transition and s in plan.returns:
                 transition = self._conv((plan.in_width + self.growth) * factor, plan.out_width * factor, 1, **dd)
             scales[s] = DenseScale(normal, down, transition, rates[index], self.fuses_new)
@@ -444,14 +445,14 @@ class MultiScaleNet(MultiExit, nn.Module):
         self.layers = self.layers[: last + 1]
         for layer, plan in zip(self.layers, self.plans, strict=True):
             layer.keep(plan)
-        for feature, (layer, scale) in enumerate(zip(self.tap_layers, self.tap_scales, strict=True)):
+        for feature, (tap, scale) in enumerate(zip(self.tap_layers, self.tap_scales, strict=True)):
             kept = feature in take
-            self.tap_layers[feature] = layer if kept else -1
-            self.tap_positions[feature] = self.plans[layer].returns.index(scale) if kept else -1
+            self.tap_layers[feature] = tap if kept else -1
+            self.tap_positions[feature] = self.plans[tap].returns.index(scale) if kept else -1
         self.num_exits, self.exit_layers = 1, [last]
         self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         head = MapExitHead(nn.Identity(), self.num_features, 0, "", self.drop_rate, **get_device_dtype(self))
-        self.heads = nn.ModuleList([head]).train(self.training)
+        self.heads = ModuleList([head]).train(self.training)
         self.num_classes = 0
         return take
 

@@ -20,17 +20,17 @@ class ImageView(Dataset):
     """Some samples of a dataset of (PIL image, class index) pairs, or of clips, under a transform of their own.
 
     Attributes:
-        base: the dataset.
+        base: the dataset, as torch's: with a length and items; ``classes`` and ``name(item)`` where it has them.
         index: (N,) the samples of it that are seen; default all.
         transform: from a PIL image to whatever is wanted.
         classes: names of the classes, index = class; None takes the base's own.
         channels: 3 for RGB images, 1 for grey ones; None leaves them as they are.
     """
 
-    base: Dataset
+    base: Any
     index: NDArray[Any] = None  # type: ignore[assignment]  # all of them, once it is made
     transform: Callable | None = None
-    classes: Sequence[str] = None  # type: ignore[assignment]  # the base's, once it is made
+    classes: tuple[str, ...] = None  # type: ignore[assignment]  # the base's, once it is made
     channels: int | None = 3
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class ImageFiles(Dataset):
         return self.reader.filename(item, absolute=True) or f"image {item}"
 
 
-def _own_classes(base: Dataset) -> tuple[str, ...] | None:
+def _own_classes(base: Any) -> tuple[str, ...] | None:
     """The dataset's own names of its classes, None where it has none."""
     names = getattr(base, "classes", None)
     if names is None and hasattr(base, "reader"):
@@ -145,7 +145,7 @@ def _own_classes(base: Dataset) -> tuple[str, ...] | None:
     return None if names is None else tuple(str(name) for name in names)
 
 
-def _numbers(base: Dataset) -> list[str]:
+def _numbers(base: Any) -> list[str]:
     """Names for classes that have none: their numbers."""
     targets = getattr(base, "targets", None)
     if targets is None and hasattr(getattr(base, "reader", None), "iter_targets"):

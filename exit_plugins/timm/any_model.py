@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..exits.clips import sample_size
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
-from ._host import model_traits, set_model_traits, update_model_args
+from ._host import TimmModel, model_config, model_traits, set_model_config, set_model_traits, update_model_args
 from ._networks import fuse_network, groups_of_part
 from .layers import check_has_exits, check_image
 from .split import Cut, Split, find_cuts, place_cuts, pool_features
@@ -62,11 +62,11 @@ class EarlyHead(nn.Module):
                 )
             self.convs.extend(ConvNormAct(w, hidden or w, 3, stride=2, **dd) for w in cut.widths)
             width = sum(hidden or w for w in cut.widths)
-            self.norm = nn.Identity()
+            self.norm: nn.Module = nn.Identity()
         else:
-            norm = nn.LayerNorm if "NLC" in cut.layouts else nn.BatchNorm1d
+            norm: type[nn.Module] = nn.LayerNorm if "NLC" in cut.layouts else nn.BatchNorm1d
             self.norm = norm(width, **dd)
-        self.mlp = nn.Identity()
+        self.mlp: nn.Module = nn.Identity()
         if kind == "mlp":
             self.mlp = nn.Sequential(nn.Linear(width, hidden or width, **dd), nn.GELU())
             width = hidden or width
@@ -77,11 +77,12 @@ class EarlyHead(nn.Module):
 
     def reset(self, num_classes: int, device: Any = None, dtype: Any = None) -> None:
         """A new last layer."""
-        self.fc = nn.Linear(self.width, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
-        self.fc.train(self.training)
+        self.fc = nn.Identity()
         if num_classes:
-            nn.init.trunc_normal_(self.fc.weight, std=0.02)
-            nn.init.zeros_(self.fc.bias)
+            self.fc = fc = nn.Linear(self.width, num_classes, device=device, dtype=dtype)
+            nn.init.trunc_normal_(fc.weight, std=0.02)
+            nn.init.zeros_(fc.bias)
+        self.fc.train(self.training)
 
     @torch.jit.ignore  # scripted models run the network alone
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -127,7 +128,7 @@ class WithExits(MultiExit, nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: TimmModel,
         exits: int | str | Sequence[str] = 4,
         head: str | Callable[[Cut, int], nn.Module] = "linear",
         head_hidden: int | None = None,
@@ -152,7 +153,7 @@ class WithExits(MultiExit, nn.Module):
                 f"expected a timm classification model, which has num_classes and reset_classifier; got a "
                 f"{type(backbone).__name__}."
             )
-        self.backbone = backbone
+        self.backbone: TimmModel = backbone
         self.exit_names = _place_exits(backbone, exits)
         self.num_exits = len(self.exit_names) + 1
         self.in_chans = get_model_input_config(backbone)["input_size"][0]
@@ -163,7 +164,9 @@ class WithExits(MultiExit, nn.Module):
         self.progress: float | None = None
         self.fused = self.grad_checkpointing = False
         self.num_classes = 0
-        self.split: Split | None = Split(backbone, self.exit_names)
+        split = Split(backbone, self.exit_names)
+        self.split: Split | None = split
+        self.cuts = split.cuts
         self._unsplit = ""
         self._fine: tuple[Split, tuple[int, ...]] | None = None
         self.heads = nn.ModuleList()
@@ -182,9 +185,9 @@ class WithExits(MultiExit, nn.Module):
         kind, hidden, drop_rate = self._head
         dd = get_device_dtype(self.backbone)
         if callable(kind):
-            heads = [kind(cut, num_classes).to(**dd) for cut in self.split.cuts]
+            heads = [kind(cut, num_classes).to(**dd) for cut in self.cuts]
         else:
-            heads = [EarlyHead(cut, num_classes, kind, hidden, drop_rate, **dd) for cut in self.split.cuts]
+            heads = [EarlyHead(cut, num_classes, kind, hidden, drop_rate, **dd) for cut in self.cuts]
         self.heads = nn.ModuleList(heads).train(self.training)
         self.num_classes = num_classes
 
@@ -241,22 +244,23 @@ class WithExits(MultiExit, nn.Module):
             raise IndexError(f"this model has exits 0 to {self.num_exits - 1}, got {index}.")
         if self.split is None:
             raise ValueError(f"{self._unsplit} Call reset_classifier with a pooling that gives the classifier vectors.")
-        if self.grad_checkpointing and self.backbone.training and torch.is_grad_enabled():
-            features, state = self._run_checkpointed(index, state)
+        if self._fine is not None and self.backbone.training and torch.is_grad_enabled():
+            features, state = self._run_checkpointed(*self._fine, index, state)
         else:
             features, state = self.split.run(self.backbone, index, state)
         if index == self.num_exits - 1:
             return features[0], state
         return self.heads[index](features), state
 
-    def _run_checkpointed(self, index: int, state: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
-        fine, ends = self._fine
+    def _run_checkpointed(
+        self, fine: Split, ends: tuple[int, ...], index: int, state: tuple[Tensor, ...]
+    ) -> tuple[Any, tuple[Tensor, ...]]:
         features: Any = ()
         for piece in range(ends[index - 1] if index else 0, ends[index]):
             features, state = checkpoint(fine.run, self.backbone, piece, state, use_reentrant=False)
         return features, state
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor):
         """Logits of the last exit in evaluation, the tuple of every exit's in training."""
         if self.training and self.num_exits > 0 and not torch.jit.is_scripting():
             return self.forward_exits(x)
@@ -303,6 +307,7 @@ class WithExits(MultiExit, nn.Module):
                 self.split, self._unsplit = None, str(error)
         self.set_grad_checkpointing(self.grad_checkpointing)
         if all(hasattr(head, "reset") for head in self.heads):
+            head: TimmModel
             for head in self.heads:
                 head.reset(num_classes, **get_device_dtype(self.backbone))
         else:
@@ -352,7 +357,7 @@ class WithExits(MultiExit, nn.Module):
         return self
 
 
-def _classifiers(backbone: nn.Module) -> list[nn.Module]:
+def _classifiers(backbone: TimmModel) -> list[nn.Module]:
     found = backbone.get_classifier()
     return list(found) if isinstance(found, (tuple, list)) else [found]
 
@@ -379,7 +384,7 @@ def _prefixed(names: Any) -> Any:
 
 def _configuration(model: WithExits) -> dict[str, Any]:
     """The network's pretrained configuration, as the model with exits has it."""
-    cfg = dict(getattr(model.backbone, "pretrained_cfg", None) or {})
+    cfg = dict(model_config(model.backbone))
     for key in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "tag"):
         cfg.pop(key, None)
     classifier = _prefixed(cfg.get("classifier")) or ()
@@ -394,7 +399,7 @@ def _configuration(model: WithExits) -> dict[str, Any]:
 
 
 def add_exits(
-    model: nn.Module,
+    model: TimmModel,
     exits: int | str | Sequence[str] = 4,
     head: str | Callable[[Cut, int], nn.Module] = "linear",
     train: str = "all",
@@ -416,7 +421,7 @@ def add_exits(
         model.reset_classifier(num_classes)
         kwargs.setdefault("new_classifier", True)
     result = WithExits(model, exits, head, train=train, **kwargs)
-    result.pretrained_cfg = result.default_cfg = _configuration(result)
+    set_model_config(result, _configuration(result))
     _remember(result, head=head, train=train, **kwargs)
     return result
 
@@ -424,9 +429,9 @@ def add_exits(
 def _remember(model: WithExits, **arguments: Any) -> None:
     """Keep what timm needs to build ``model`` again from a saved folder, and to read its input."""
     backbone = model.backbone
-    first_conv = _prefixed((getattr(backbone, "pretrained_cfg", None) or {}).get("first_conv"))
+    first_conv = _prefixed(model_config(backbone).get("first_conv"))
     set_model_traits(model, {**model_traits(backbone), "first_conv": first_conv})
-    name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
+    name = model_config(backbone).get("architecture")
     arguments = {**get_model_args(backbone), **arguments, "backbone": name, "exits": list(model.exit_names)}
     update_model_args(model, **arguments)
 
@@ -439,7 +444,7 @@ def _create_with_exits(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> Any:
     """Build the network by timm, and the model with exits around it.
 
     ``pretrained`` weights are the network's own, unless a configuration of the whole model is given (a saved folder, a
@@ -448,7 +453,7 @@ def _create_with_exits(
     own = {key: kwargs.pop(key) for key in _ARGUMENTS if key in kwargs}
     features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
     source = WholeOrPart.find("backbone.", pretrained, pretrained_cfg, pretrained_cfg_overlay)
-    net = timm.create_model(
+    net: TimmModel = timm.create_model(
         backbone, source.of_part, pretrained_cfg_overlay=source.part_overlay, cache_dir=cache_dir, **kwargs
     )
     source.forget_weights(net)

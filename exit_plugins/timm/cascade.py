@@ -14,9 +14,10 @@ from timm.data import resolve_model_data_config
 from timm.models import generate_default_cfgs, get_model_args, get_model_input_config, group_parameters, register_model
 from torch import Tensor, nn
 
+from .._modules import ModuleList
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
-from ._host import set_model_traits, update_model_args
+from ._host import TimmModel, model_config, set_model_config, set_model_traits, update_model_args
 from .layers import check_has_exits, check_image
 
 __all__ = ["Cascade", "cascade_of"]
@@ -74,6 +75,9 @@ class View(nn.Module):
         scale, shift: Per channel, from the cascade's normalisation to the member's.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self, size: tuple[int, int], mode: str, scale: Sequence[float], shift: Sequence[float], **dd: Any
     ) -> None:
@@ -107,11 +111,11 @@ class Cascade(MultiExit, nn.Module):
     """
 
     exit_loss = "msdnet"  # every member learns for itself
-    average: torch.jit.Final[bool]
+    __constants__ = ("average",)
 
     def __init__(
         self,
-        networks: Sequence[nn.Module],
+        networks: Sequence[TimmModel],
         sizes: Sequence[int | tuple[int, int] | None] | None = None,
         average: bool = False,
     ) -> None:
@@ -131,7 +135,7 @@ class Cascade(MultiExit, nn.Module):
         distinct = [
             net for index, net in enumerate(networks) if not any(net is other for other in networks[index + 1 :])
         ]
-        self.networks = nn.ModuleList(distinct)
+        self.networks = ModuleList(distinct)
         self.member_network = tuple(next(i for i, other in enumerate(distinct) if other is net) for net in networks)
         self.average = average
         self.num_exits = len(networks)
@@ -168,7 +172,7 @@ class Cascade(MultiExit, nn.Module):
         total = logits if index == 0 else state[1] + logits
         return total / (index + 1), () if last else (x, total)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor):
         """Logits of the last exit in evaluation, the tuple of every exit's in training."""
         if self.training and self.num_exits > 0 and not torch.jit.is_scripting():
             return self.forward_exits(x)
@@ -246,7 +250,7 @@ class Cascade(MultiExit, nn.Module):
         }
 
 
-def _check_members(networks: Sequence[nn.Module]) -> None:
+def _check_members(networks: Sequence[TimmModel]) -> None:
     for net in networks:
         if isinstance(net, MultiExit):
             raise ValueError(f"{type(net).__name__} has exits of its own; a cascade is of networks with one answer.")
@@ -264,7 +268,7 @@ def _check_members(networks: Sequence[nn.Module]) -> None:
 
 
 def _labels(net: nn.Module) -> Any:
-    return (getattr(net, "pretrained_cfg", None) or {}).get("label_names")
+    return model_config(net).get("label_names")
 
 
 def _size_of(net: nn.Module, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -272,14 +276,14 @@ def _size_of(net: nn.Module, size: int | tuple[int, int] | None) -> tuple[int, i
     own = tuple(config["input_size"][1:])
     if size is None:
         return own
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"a size is a number of pixels, or (height, width); got {size}.")
-    if config["fixed_input_size"] and size != own:
+    wanted = (size, size) if isinstance(size, int) else tuple(size)
+    if len(wanted) != 2 or min(wanted) < 1:
+        raise ValueError(f"a size is a number of pixels, or (height, width); got {wanted}.")
+    if config["fixed_input_size"] and wanted != own:
         raise ValueError(
-            f"{type(net).__name__} takes images of {own} only, not of {size}: build it with img_size={size}."
+            f"{type(net).__name__} takes images of {own} only, not of {wanted}: build it with img_size={wanted}."
         )
-    return size
+    return wanted
 
 
 def _view(net: nn.Module, last: nn.Module, size: tuple[int, int]) -> View:
@@ -310,12 +314,12 @@ def cascade_of(
         networks, sizes, average: See ``Cascade``.
     """
     model = Cascade(networks, sizes, average)
-    model.pretrained_cfg = model.default_cfg = _configuration(model)
+    set_model_config(model, _configuration(model))
     _remember(model)
     return model
 
 
-def _reduction(net: nn.Module) -> int:
+def _reduction(net: TimmModel) -> int:
     """By how much a side of the last map of ``net`` is smaller than the picture's."""
     return getattr(net.feature_info, "info", net.feature_info)[-1]["reduction"]
 
@@ -374,7 +378,7 @@ def _create_cascade(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> Any:
     features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
     names = [name.strip() for name in members.split(",")] if isinstance(members, str) else list(members)
     if one_network:

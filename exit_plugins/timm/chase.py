@@ -172,7 +172,7 @@ class CHASE(MultiScaleNet):
             branch.add_module(name, module)
         return branch
 
-    def _make_layer(self, index: int, plan: LayerPlan, rates: Sequence[float], dd: dict[str, Any]) -> nn.Module:
+    def _make_layer(self, index: int, plan: LayerPlan, rates: Sequence[float], dd: dict[str, Any]) -> ScalesLayer:
         if index >= self.dense_layers:
             position = index - self.dense_layers
             first = self.dense_layers + sum(self.gal_steps[:position])

@@ -6,10 +6,10 @@ tensor (T, C, H, W) of them, with the same crop and flip on every frame.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -45,7 +45,25 @@ class UnreadableClip(UnreadableImage):
     """A file that is no video, is damaged or holds no frames; the message names it. It is dealt with as images are."""
 
 
-class VideoFile(Sequence):
+class _Frames(Sequence[Image.Image]):
+    """A clip as a sequence of its frames: who makes one says how many there are, and how some of them are read."""
+
+    def take(self, indices: Sequence[int]) -> list[Image.Image]:
+        """The frames at ``indices``, which may repeat, in their order."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        found = range(len(self))[index]
+        return self.take([found])[0] if isinstance(found, int) else self.take(found)
+
+
+class VideoFile(_Frames):
     """The frames of a video file, decoded by PyAV (the extra ``video``) when asked for.
 
     ``take`` decodes from the start to the last frame asked for, once, and keeps no other: exact in every container, and
@@ -72,16 +90,12 @@ class VideoFile(Sequence):
                 raise UnreadableClip(f"{self.path} holds no frames; copy or cut it anew.")
         return self._length
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return self.take([range(len(self))[index]])[0]
-
     def __iter__(self) -> Iterator[Image.Image]:
         with self._opened() as (container, stream):
             for frame in container.decode(stream):
                 yield frame.to_image()
 
     def take(self, indices: Sequence[int]) -> list[Image.Image]:
-        """The frames at ``indices``, which may repeat, in their order."""
         wanted = {int(index) for index in indices}
         found: dict[int, Image.Image] = {}
         with self._opened() as (container, stream):
@@ -112,7 +126,7 @@ class VideoFile(Sequence):
             raise UnreadableClip(f"{self.path} is no video that can be decoded ({error.strerror}).") from error
 
 
-class FrameFolder(Sequence):
+class FrameFolder(_Frames):
     """A clip as a folder of numbered images: ``template`` names the frames, from 1 to ``length``.
 
     Raises, when read:
@@ -128,13 +142,14 @@ class FrameFolder(Sequence):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return read_image(self.folder / self.template.format(1 + range(self.length)[index]))
+    def take(self, indices: Sequence[int]) -> list[Image.Image]:
+        numbers = range(1, 1 + self.length)
+        return [read_image(self.folder / self.template.format(numbers[index])) for index in indices]
 
 
 def _take(clip: Sequence[Image.Image], indices: Sequence[int]) -> list[Image.Image]:
     take = getattr(clip, "take", None)
-    return take(indices) if take is not None else [clip[int(index)] for index in indices]
+    return take(indices) if take is not None else [clip[index] for index in indices]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +386,7 @@ class ClipTransform:
         self.pixels = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
     @classmethod
-    def of_config(cls, config: dict[str, Any], training: bool = False, **kwargs: Any) -> "ClipTransform":
+    def of_config(cls, config: Mapping[str, Any], training: bool = False, **kwargs: Any) -> "ClipTransform":
         """After ``images.input_config`` of a clip model, whose ``input_size`` is (T, C, H, W)."""
         num_frames, *size = config["input_size"]
         shared = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
@@ -379,6 +394,6 @@ class ClipTransform:
 
     def __call__(self, clip: Sequence[Image.Image]) -> Tensor:
         indices = sample_frames(len(clip), self.num_frames, self.training)
-        frames = [np.array(frame.convert(self.mode)) for frame in _take(clip, indices)]
+        frames = [np.array(frame.convert(self.mode)) for frame in _take(clip, indices.tolist())]
         stacked = torch.from_numpy(np.stack(frames))
         return self.pixels(stacked.permute(0, 3, 1, 2) if stacked.ndim == 4 else stacked[:, None])

@@ -6,7 +6,7 @@ test. So a split is what it says or an error; what a dataset lacks is cut from i
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ class _Source:
     """A dataset that has not been opened yet: where it is, and its splits, each under its own name."""
 
     where: str
-    splits: dict[str, Callable[[], ImageView]]
+    splits: Mapping[str, Callable[[], ImageView]]
     classes: Callable[[], tuple[str, ...] | None] = lambda: None  # numbering of every split, where there is one
     opens_slices: Callable[[str], ImageView] | None = None  # of a split: "train[:10%]"
 
@@ -76,7 +76,7 @@ class _Source:
         name = self.find(whole)
         if name is None:
             raise ValueError(self._without(whole))
-        view = self.opens_slices(name + bracket + part) if bracket else self.splits[name]()
+        view = self.opens_slices(name + bracket + part) if self.opens_slices and bracket else self.splits[name]()
         classes = self.classes()
         return _checked(view if classes is None else view.with_classes(classes), f"{self.where}, split {name}")
 
@@ -103,10 +103,11 @@ class _Source:
         if validation and test:
             raise ValueError(f"{self.where} has the splits {validation} and {test}; there is nothing to hold out.")
         splits = dict(self.splits)
-        if validation or test:
-            held = self.splits[validation or test]
-            splits["test" if validation else "validation"] = lambda: held().split(share, seed)[0]
-            splits[validation or test] = lambda: held().split(share, seed)[1]
+        there = validation or test
+        if there:
+            held = partial(_halves, self.splits[there], share, seed)
+            splits["test" if validation else "validation"] = partial(_part, held, 0)
+            splits[there] = partial(_part, held, 1)
         else:
             train = self.find("train")
             if train is None:
@@ -114,8 +115,16 @@ class _Source:
             whole = splits.pop(train)
             parts = partial(_cut, whole, share, share, seed)
             for place, name in enumerate(("train", "validation", "test")):
-                splits[name] = lambda place=place: parts()[place]
+                splits[name] = partial(_part, parts, place)
         return replace(self, splits=splits)
+
+
+def _part(parts: Callable[[], Sequence[ImageView]], place: int) -> ImageView:
+    return parts()[place]
+
+
+def _halves(whole: Callable[[], ImageView], share: float, seed: int) -> tuple[ImageView, ImageView]:
+    return whole().split(share, seed)
 
 
 def _cut(whole: Callable[[], ImageView], validation: float, test: float, seed: int) -> tuple[ImageView, ...]:
@@ -253,8 +262,11 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 def _lists_source(folder: Path, root: str | None) -> _Source:
     """Frame folders, listed as TSM's tools do."""
     lists = list_files(folder)
-    views = {split: lambda path=path: ImageView(open_list(path, root)) for split, path in lists.items()}
-    return _Source(str(folder), views)
+
+    def opened(split: str) -> ImageView:
+        return ImageView(open_list(lists[split], root))
+
+    return _Source(str(folder), {split: partial(opened, split) for split in lists})
 
 
 # Clips in each split, and the seed they are drawn from.
@@ -318,7 +330,7 @@ class _Digits(Dataset):
             raise ImportError("the digits come with scikit-learn: pip install 'exit-plugins[plots]'") from error
         digits = load_digits()
         grey = (digits.images * (255 / 16)).round().astype(np.uint8)
-        self.images = [Image.fromarray(g).resize((size, size), Image.BICUBIC).convert("RGB") for g in grey]
+        self.images = [Image.fromarray(g).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for g in grey]
         self.targets = digits.target
 
     def __len__(self) -> int:

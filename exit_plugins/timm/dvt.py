@@ -9,7 +9,8 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .._modules import ModuleDict, ModuleList
 from ..exits.protocol import MultiExit
 from ._checkpoints import build_with_checkpoint, share_link
 from ._dvt_weights import allow_numpy_data, checkpoint_filter_fn, policies_from_checkpoint
@@ -146,6 +148,11 @@ def _cut(side: int, tokens: int, kind: str) -> Patches:
     return patches
 
 
+def _pair(size: Size) -> tuple[int, int]:
+    height, width = to_2tuple(size)
+    return height, width
+
+
 _CHOICES = {
     "feature_source": ("last", "same"),
     "feature_blocks": ("all", "first"),
@@ -163,10 +170,10 @@ def _check_cfg(cfg: DVTCfg, img_size: Size) -> DVTCfg:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(cfg, name)!r}.")
     if cfg.depth < 1 or cfg.num_heads < 1 or cfg.embed_dim % cfg.num_heads:
         raise ValueError(f"embed_dim {cfg.embed_dim} does not divide into {cfg.num_heads} heads (depth {cfg.depth}).")
-    grids = tuple(tuple(to_2tuple(grid)) for grid in cfg.token_grids)
+    grids = tuple(_pair(grid) for grid in cfg.token_grids)
     if not grids or min(map(min, grids)) < 1:
         raise ValueError(f"token_grids needs one entry of positive token counts per exit, got {cfg.token_grids}.")
-    return replace(cfg, token_grids=grids, base_size=tuple(to_2tuple(cfg.base_size or img_size)))
+    return replace(cfg, token_grids=grids, base_size=_pair(cfg.base_size or img_size))
 
 
 def _check_image(x: Tensor, in_chans: int, height: int, width: int) -> Tensor:
@@ -187,6 +194,8 @@ class Performer(nn.Module):
 
     It has one head, and its values, not its input, are the residual: (B, N, dim) becomes (B, N, width).
     """
+
+    w: Tensor
 
     def __init__(
         self,
@@ -288,6 +297,13 @@ class TokenResize(nn.Module):
         naive_maps: Maps between tokens are resized as images of their rows and columns, whatever token these stand for.
     """
 
+    width_first: Tensor
+    width_second: Tensor
+    width_weight: Tensor
+    height_first: Tensor
+    height_second: Tensor
+    height_weight: Tensor
+
     def __init__(
         self,
         old_grid: tuple[int, int],
@@ -366,7 +382,13 @@ def _two_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return first, second, np.where(first == second, 0.0, weight)
 
 
-class ReuseAttention(Attention):
+# timm's layers whose forward takes and returns more here than theirs does. That is said by these names: a comment for
+# the type checker on the method TorchScript would take for one of its own.
+_Attention: Any = Attention
+_Block: Any = Block
+
+
+class ReuseAttention(_Attention):
     """Self-attention whose logits can be added to and handed on (eq. 9).
 
     It stays on the fused kernel unless somebody asks for the logits.
@@ -394,7 +416,7 @@ class ReuseAttention(Attention):
         return self.proj_drop(self.proj(x)), logits
 
 
-class DVTBlock(Block):
+class DVTBlock(_Block):
     """timm's transformer block with both kinds of reuse.
 
     Args:
@@ -459,6 +481,8 @@ class DVTBlock(Block):
 class DVTStage(nn.Module):
     """One transformer of the cascade, from the image to its exit."""
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         cfg: DVTCfg,
@@ -508,15 +532,14 @@ class DVTStage(nn.Module):
         if upstream_grid is not None and cfg.relation_reuse:
             read = cfg.num_heads if cfg.relation_source == "last" else channels
             groups = cfg.depth if cfg.relation_source == "same" else 1  # each block its own r_l on its own logits
-            conv = partial(nn.Conv2d, kernel_size=1, groups=groups, **dd)
-            if cfg.relation_mlp:
-                layers = [conv(read, 3 * channels), nn.GELU(), conv(3 * channels, channels)]
-            else:
-                layers = [conv(read, channels)]
-            self.relation_reuse_conv = nn.Sequential(*layers)
+            widths = (read, 3 * channels, channels) if cfg.relation_mlp else (read, channels)
+            layers: list[nn.Module] = []
+            for width_in, width in pairwise(widths):
+                layers += [nn.Conv2d(width_in, width, 1, groups=groups, **dd), nn.GELU()]
+            self.relation_reuse_conv = nn.Sequential(*layers[:-1])
         norm_layer = partial(nn.LayerNorm, eps=cfg.norm_eps)
         reads_features = upstream_grid is not None and cfg.feature_reuse
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             [
                 DVTBlock(
                     cfg.embed_dim,
@@ -537,9 +560,9 @@ class DVTStage(nn.Module):
                 for index, rate in enumerate(calculate_drop_path_rates(drop_path_rate, cfg.depth))
             ]
         )
-        self.norm = norm_layer(cfg.embed_dim, **dd)
+        self.norm: nn.Module = norm_layer(cfg.embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(cfg.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = nn.Linear(cfg.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     def fill_positions(self) -> None:
         """Draw the learned positions, or compute the fixed ones."""
@@ -637,7 +660,13 @@ def _sinusoids(length: int, width: int) -> np.ndarray:
     return np.where(channel % 2 == 0, np.sin(angle), np.cos(angle))[None]
 
 
-class DVT(MultiExit, nn.ModuleDict):
+if TYPE_CHECKING:
+    _Stages = ModuleDict[DVTStage]
+else:
+    _Stages = ModuleDict
+
+
+class DVT(MultiExit, _Stages):
     """Dynamic Vision Transformer: K transformers in a cascade, one exit each.
 
     The stages are named after the published weights: ``normal_token`` is the last, and each one before it has one more
@@ -690,14 +719,16 @@ class DVT(MultiExit, nn.ModuleDict):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = cfg.embed_dim
         self.num_exits = len(cfg.token_grids)
-        self.img_size = tuple(to_2tuple(img_size))
+        self.img_size = _pair(img_size)
+        self.base_size = _pair(cfg.base_size or img_size)
         self.global_pool = _check_pool(global_pool)
 
         self._patches = [
-            tuple(_cut(side, tokens, cfg.tokens) for side, tokens in zip(cfg.base_size, grid, strict=True))
-            for grid in cfg.token_grids
+            (_cut(self.base_size[0], rows, cfg.tokens), _cut(self.base_size[1], columns, cfg.tokens))
+            for rows, columns in map(_pair, cfg.token_grids)
         ]
         grids = self._grids(self.img_size)
+        self.normal_token: DVTStage  # the last entry, by its name
         self.stage_names = tuple(_stage_name(index, self.num_exits) for index in range(self.num_exits))
         for index, name in enumerate(self.stage_names):
             self[name] = DVTStage(
@@ -723,7 +754,7 @@ class DVT(MultiExit, nn.ModuleDict):
 
     def _grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Token grid of every stage for images of ``img_size``, or ValueError."""
-        for side, base, coarsest in zip(img_size, self.cfg.base_size, self._patches[0], strict=True):
+        for side, base, coarsest in zip(img_size, self.base_size, self._patches[0], strict=True):
             if side < 1 or (side != base and side % coarsest.reduction):
                 below = side - side % coarsest.reduction
                 near = " or ".join(str(size) for size in (below, below + coarsest.reduction) if size > 0)
@@ -731,7 +762,7 @@ class DVT(MultiExit, nn.ModuleDict):
                     f"an image side of {side} pixels does not divide into tokens {coarsest.reduction} pixels apart; "
                     f"use {near}, or name the token_grids to cut it into."
                 )
-        grids = [tuple(axis.count(side) for axis, side in zip(axes, img_size, strict=True)) for axes in self._patches]
+        grids = [(rows.count(img_size[0]), columns.count(img_size[1])) for rows, columns in self._patches]
         for before, after in zip(grids[:-1], grids[1:], strict=True):
             if after[0] < before[0] or after[1] < before[1]:
                 raise ValueError(f"token grids must not shrink from exit to exit, got {grids} at {img_size} pixels.")
@@ -799,7 +830,7 @@ class DVT(MultiExit, nn.ModuleDict):
         """Logits of the last exit from ``forward_features``, or its pooled features (B, D)."""
         return self.normal_token.forward_head(x, pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor):
         """Logits of the last exit in evaluation, the tuple of every exit's in training."""
         if self.training and self.num_exits > 0 and not torch.jit.is_scripting():
             # Same as forward_exits, with the heads last: timm's FX tests look for the outputs at the graph's end.
@@ -850,7 +881,8 @@ class DVT(MultiExit, nn.ModuleDict):
         if output_fmt == "NCHW":
             taken = [y.transpose(1, 2).unflatten(2, stage.grid).contiguous() for y in taken]
         if return_prefix_tokens and not torch.jit.is_scripting():
-            taken = list(zip(taken, prefix, strict=True))
+            pairs: Any = list(zip(taken, prefix, strict=True))
+            return pairs if intermediates_only else (stage.norm(final), pairs)
         if intermediates_only:
             return taken
         return stage.norm(final), taken
@@ -890,11 +922,11 @@ class DVT(MultiExit, nn.ModuleDict):
         dd = get_device_dtype(self)
         for stage in self.values():
             stage.global_pool = self.global_pool
-            stage.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-            stage.head.train(self.training)
-            if num_classes > 0:
-                trunc_normal_(stage.head.weight, std=0.02)
-                nn.init.zeros_(stage.head.bias)
+            head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+            if isinstance(head, nn.Linear):
+                trunc_normal_(head.weight, std=0.02)
+                nn.init.zeros_(head.bias)
+            stage.head = head.train(self.training)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Size) -> None:
@@ -903,7 +935,7 @@ class DVT(MultiExit, nn.ModuleDict):
         Raises:
             ValueError: The size does not divide into tokens; nothing is changed.
         """
-        img_size = tuple(to_2tuple(img_size))
+        img_size = _pair(img_size)
         grids = self._grids(img_size)
         upstream: tuple[int, int] | None = None
         for stage, grid in zip(self.values(), grids, strict=True):

@@ -4,10 +4,10 @@ Paper: "Dynamic Perceiver for Efficient Visual Recognition" (Han et al., ICCV 20
 7; where the paper is silent, the layers follow what the authors' published weights compute, so that these load.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -21,15 +21,18 @@ from timm.models.resnet import downsample_conv
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .._modules import ModuleList
 from ..exits.protocol import MultiExit
-from ._branch import FeatureBranch, network_branch
+from ._branch import FeatureBranch, NetworkPiece, network_branch
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart, build_with_checkpoint, share_link
 from ._dynperceiver_weights import checkpoint_filter_fn
 from ._host import (
     DepthwiseSeparableConv,
     InvertedResidual,
     SqueezeExcite,
+    TimmModel,
     feature_take_indices,
+    model_config,
     model_traits,
     set_model_traits,
 )
@@ -151,10 +154,15 @@ def _exit_sites(cfg: DynPerceiverCfg) -> tuple[ExitSite, ...]:
     return sites if cfg.fkt else tuple(site._replace(hears=None) for site in sites)
 
 
+def _stage_rates(drop_path_rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Of each stage the rates of its blocks."""
+    return cast("list[list[float]]", calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+
+
 def _regnety(cfg: DynPerceiverCfg, in_chans: int, drop_path_rate: float, dd: dict[str, Any]) -> FeatureBranch:
     """RegNet-Y in torchvision's layout: 3x3/2 stem, every stage at stride 2, squeeze 1/4 of a block's input width."""
     stem = ConvNormAct(in_chans, cfg.widths[0], 3, stride=2, **dd)
-    rates = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
+    rates = _stage_rates(drop_path_rate, cfg.depths)
     stages = []
     for width_in, width, depth, stage_rates in zip(cfg.widths[:-1], cfg.widths[1:], cfg.depths, rates, strict=True):
         blocks = [
@@ -180,7 +188,7 @@ def _resnet(cfg: DynPerceiverCfg, in_chans: int, drop_path_rate: float, dd: dict
     stem = nn.Sequential(
         ConvNormAct(in_chans, channels[0], 7, stride=2, **dd), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
     )
-    rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+    rates = _stage_rates(drop_path_rate, depths)
     stages = []
     for stage, depth in enumerate(depths):
         blocks = []
@@ -260,11 +268,11 @@ def _mobilenetv3(cfg: DynPerceiverCfg, in_chans: int, drop_path_rate: float, dd:
         width_in = width
         widths.append(width)
 
-    conv = partial(ConvNormAct, norm_layer=norm_layer, act_layer=nn.Hardswish, **dd)
+    act = dict(norm_layer=norm_layer, act_layer=nn.Hardswish, **dd)
     first, *ends = _MOBILENETV3_SPLITS
-    stem = nn.Sequential(conv(in_chans, scaled(16), 3, stride=2), *blocks[:first])
+    stem = nn.Sequential(ConvNormAct(in_chans, scaled(16), 3, stride=2, **act), *blocks[:first])
     stages = [nn.Sequential(*blocks[start:end]) for start, end in zip((first, *ends[:-1]), ends, strict=True)]
-    stages[-1].append(conv(width_in, 6 * width_in, 1))
+    stages[-1].append(ConvNormAct(width_in, 6 * width_in, 1, **act))
     channels = [widths[end - 1] for end in _MOBILENETV3_SPLITS[:-1]] + [6 * width_in]
     return FeatureBranch(
         stem, stages, channels, 4, [8, 16, 32, 32], head_width=make_divisible(1280 * cfg.width_mult, 8)
@@ -281,7 +289,7 @@ _BRANCHES: dict[str, Callable[..., FeatureBranch]] = {
 class FusedRegNetBlock(nn.Module):
     """What a RegNet-Y block computes once its convolutions are fused: the rest of it in their memory, for inference."""
 
-    def __init__(self, block: RegNetBottleneck) -> None:
+    def __init__(self, block: TimmModel) -> None:
         super().__init__()
         self.conv1, self.conv2, self.conv3 = block.conv1.conv, block.conv2.conv, block.conv3.conv
         self.squeeze, self.excite = block.se.fc1, block.se.fc2
@@ -334,8 +342,20 @@ class CrossAttention(nn.Module):
 class FusedCrossAttention(FusedLayer):
     """What ``CrossAttention`` computes, for inference only: affine parts and key positions are in the projections."""
 
+    q_weight: Tensor
+    q_bias: Tensor
+    kv_weight: Tensor
+    kv_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
     def __init__(self, layer: CrossAttention) -> None:
         super().__init__()
+        mlp: TimmModel = layer.mlp  # of linear layers here, of convolutions elsewhere
         self.query_width, self.width = layer.q.in_features, layer.kv.in_features
         self.eps = layer.norm.eps
         kv_weight, kv_bias = fold_layer_norm(layer.kv_norm, layer.kv)
@@ -345,8 +365,8 @@ class FusedCrossAttention(FusedLayer):
             q=fold_layer_norm(layer.q_norm, layer.q),
             kv=(kv_weight, kv_bias),
             proj=transposed(layer.proj),
-            fc1=fold_layer_norm(layer.norm, layer.mlp.fc1),
-            fc2=transposed(layer.mlp.fc2),
+            fc1=fold_layer_norm(layer.norm, mlp.fc1),
+            fc2=transposed(mlp.fc2),
         )
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
@@ -402,13 +422,17 @@ def _read_grid(x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, window: 
 class FusedGridConv(nn.Module):
     """What ``GridConv`` computes, for inference only, fastest on maps of ``height`` x ``width``."""
 
+    weight: Tensor
+    bias: Tensor
+    pooled: Tensor
+
     def __init__(self, conv: GridConv, height: int, width: int) -> None:
         super().__init__()
         weight = conv.weight.detach().clone()
         weight[:, :, _GRID // 2, _GRID // 2] += 1  # the residual
         self.window = [max(height // _GRID, 1), max(width // _GRID, 1)]
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", conv.bias.detach())
+        self.register_buffer("bias", conv.get_parameter("bias").detach())
         self.register_buffer("pooled", _pooled_kernel(weight, self.window[0], self.window[1]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -476,7 +500,9 @@ class DynPerceiverStage(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.grid, self.x2z = nn.Identity(), None
+        self.grid: nn.Module = nn.Identity()
+        self.x2z: CrossAttention | FusedCrossAttention | None = None
+        self.z2x: CrossAttention | FusedCrossAttention | None = None
         if x2z and latents:
             self.grid = GridConv(width, **dd) if grid_conv else AdaptiveAverage(_GRID, _GRID)
             self.x2z = CrossAttention(latent_width, width, latent_width, num_keys=_GRID * _GRID, **dd)
@@ -486,9 +512,12 @@ class DynPerceiverStage(nn.Module):
         )
         self.blocks = blocks
         mixes = token_mixer and latents
-        self.token_mixer = TokenMixer(num_tokens, **dd) if mixes else nn.Identity()
-        self.channel_expander = ChannelExpander(latent_width, latent_out_width, **dd) if mixes else nn.Identity()
-        self.z2x = CrossAttention(out_width, latent_out_width, out_width // 8, **dd) if z2x and latents else None
+        self.token_mixer: nn.Module = TokenMixer(num_tokens, **dd) if mixes else nn.Identity()
+        self.channel_expander: nn.Module = (
+            ChannelExpander(latent_width, latent_out_width, **dd) if mixes else nn.Identity()
+        )
+        if z2x and latents:
+            self.z2x = CrossAttention(out_width, latent_out_width, out_width // 8, **dd)
         self.grad_checkpointing = False
 
     def read(self, x: Tensor, z: Tensor) -> Tensor:
@@ -523,12 +552,12 @@ class DynPerceiverStage(nn.Module):
 
     def fuse(self, height: int, width: int) -> None:
         """Put the inference forms of the latents' parts in place, fastest on maps of ``height`` x ``width``."""
-        if self.x2z is not None:
+        if isinstance(self.x2z, CrossAttention):
             if isinstance(self.grid, GridConv):
                 self.grid = FusedGridConv(self.grid, height, width)
             self.x2z = FusedCrossAttention(self.x2z)
         self.self_attn = nn.Sequential(*[FusedBlock(block) for block in self.self_attn])
-        if self.z2x is not None:
+        if isinstance(self.z2x, CrossAttention):
             self.z2x = FusedCrossAttention(self.z2x)
 
 
@@ -548,10 +577,9 @@ class PooledExitHead(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.BatchNorm1d(width, **dd) if batch_norm else nn.Identity()
+        self.hidden: nn.Module = nn.Identity()
         if hidden_width:
             self.hidden = nn.Sequential(nn.Linear(width, hidden_width, **dd), nn.Hardswish(), nn.Dropout(drop_rate))
-        else:
-            self.hidden = nn.Identity()
         self.fc = nn.Linear(hidden_width or width, num_classes, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -634,7 +662,7 @@ class DynPerceiver(MultiExit, nn.Module):
         # How the last exit's logits come about: what it hears, and what that exit heard itself.
         hears = self.sites[-1].hears
         self.informed = hears is not None
-        self.relayed = self.informed and self.sites[hears].hears is not None
+        self.relayed = hears is not None and self.sites[hears].hears is not None
         self.early_latents = self.sites[0].reads_latents
         self.left_out = tuple(name for name in _ABLATIONS if getattr(cfg, name) != getattr(DynPerceiverCfg, name))
         self.num_stages = 4
@@ -646,7 +674,7 @@ class DynPerceiver(MultiExit, nn.Module):
         if backbone is None:
             branch = _BRANCHES[cfg.branch](cfg, in_chans, drop_path_rate, dd)
         else:
-            self.backbone = backbone
+            self.backbone: TimmModel = backbone
             branch = network_branch(backbone)
             if freeze_backbone:
                 self.backbone.requires_grad_(False)
@@ -662,7 +690,7 @@ class DynPerceiver(MultiExit, nn.Module):
         # Channels of the latents in the stages, and of those that leave the last, which has no token mixer.
         widths = [branch.channels[index if cfg.token_mixer else 0] for index in (0, 1, 2, 3, 3)]
         self.latent_widths = widths if cfg.latent_branch else [0] * 5
-        self.stages = nn.ModuleList(
+        self.stages = ModuleList(
             [
                 DynPerceiverStage(
                     blocks,
@@ -684,7 +712,7 @@ class DynPerceiver(MultiExit, nn.Module):
                 for index, blocks in enumerate(branch.stages)
             ]
         )
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             dict(num_chs=width, reduction=reduction, module=f"stages.{index}")
             for index, (width, reduction) in enumerate(zip(branch.channels[1:], branch.reductions, strict=True))
         ]
@@ -709,7 +737,7 @@ class DynPerceiver(MultiExit, nn.Module):
                 width += self.channels[(site.step + 1) // 3]
             # MobileNet's heads on the last map have a hidden layer.
             deep = site.reads_map and site.step > 10
-            options = dict(hidden_width=self.head_width, drop_rate=self.drop_rate) if deep else {}
+            options: dict[str, Any] = dict(hidden_width=self.head_width, drop_rate=self.drop_rate) if deep else {}
             both = site.reads_map and site.reads_latents
             heads.append(PooledExitHead(width, num_classes, batch_norm=both, **options, **dd))
         return nn.ModuleList(heads), nn.ModuleList([KnowledgeTransfer(num_classes, told, **dd) for _ in hearing])
@@ -841,7 +869,7 @@ class DynPerceiver(MultiExit, nn.Module):
             pooled = torch.cat([pooled, self.transfers[-1](logits)], dim=1)
         return self.heads[-1](pooled)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor):
         """Logits of the last exit in evaluation, the tuple of every exit's in training."""
         if self.training and self.num_exits > 0 and not torch.jit.is_scripting():
             return self.forward_exits(x)
@@ -986,11 +1014,12 @@ class DynPerceiver(MultiExit, nn.Module):
             return self
         self.fused = True
         if image_size is None:
-            image_size = getattr(self, "default_cfg", {}).get("input_size", (3, 224, 224))[-2:]
+            image_size = model_config(self).get("input_size", (3, 224, 224))[-2:]
+        height, width = image_size
         reductions = [self.stem_reduction, *(info["reduction"] for info in self.feature_info)]
         for stage, reduction in zip(self.stages, reductions[: self.num_stages], strict=True):
-            stage.fuse(*(-(-side // reduction) for side in image_size))
-        if hasattr(self, "backbone"):
+            stage.fuse(-(-height // reduction), -(-width // reduction))
+        if isinstance(self.stem, NetworkPiece):
             fuse_network(self.backbone, [cut.name for cut in self.stem.split.cuts])
         else:
             fuse_convolutions(self)
@@ -1033,7 +1062,7 @@ def _create_dynperceiver(variant: str, pretrained: bool, cfg: DynPerceiverCfg, *
     if isinstance(model, DynPerceiver) and model.left_out:
         roots = {"heads": model.heads, "transfers": model.transfers}
         names = (f"{root}.{index}.fc" for root, modules in roots.items() for index in range(len(modules)))
-        model.pretrained_cfg["classifier"] = tuple(names)
+        model_config(model)["classifier"] = tuple(names)
     return model
 
 
@@ -1049,12 +1078,14 @@ def _create_over_network(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> Any:
     own = {key: kwargs.pop(key) for key in _OWN_ARGUMENTS if key in kwargs}
     features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
     source = WholeOrPart.find("latent", pretrained, pretrained_cfg, pretrained_cfg_overlay)
     overlay = source.part_overlay
-    net = timm.create_model(backbone, source.of_part, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs)
+    net: TimmModel = timm.create_model(
+        backbone, source.of_part, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs
+    )
     source.forget_weights(net)
     cfg = {key: value for key, value in net.pretrained_cfg.items() if key in _INPUT_KEYS}
     first_conv = net.pretrained_cfg.get("first_conv")

@@ -1,14 +1,16 @@
 """Pieces shared by several architectures of the timm wing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from ._host import TimmModel
 
 __all__ = [
     "AdaptiveAverage",
@@ -28,6 +30,8 @@ __all__ = [
     "transposed",
     "use_matrix_products",
 ]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Leaves for FX tracing, where types and shapes are not known.
 torch.fx.wrap("adaptive_average")
@@ -97,7 +101,10 @@ def _windows(size: int, count: int, like: Tensor) -> Tensor:
 
 
 # A norm folds into the layer right before it.
-_FOLDS = ((nn.Conv2d, nn.BatchNorm2d, fuse_conv_bn_eval), (nn.Linear, nn.BatchNorm1d, fuse_linear_bn_eval))
+_FOLDS: tuple[tuple[type[nn.Module], type[nn.Module], Callable[[Any, Any], nn.Module]], ...] = (
+    (nn.Conv2d, nn.BatchNorm2d, fuse_conv_bn_eval),
+    (nn.Linear, nn.BatchNorm1d, fuse_linear_bn_eval),
+)
 
 
 def _foldable(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
@@ -110,7 +117,7 @@ def _foldable(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Modul
                     yield parent, name, norm_name, fold(layer.eval(), norm.eval())
 
 
-def fold_batch_norms(module: nn.Module) -> nn.Module:
+def fold_batch_norms(module: Network) -> Network:
     """Fold every batch norm that directly follows a convolution or linear layer into it, in place; return ``module``.
 
     For inference only: the outputs in evaluation mode stay the same up to rounding. timm registers a layer and its norm
@@ -154,7 +161,7 @@ class PointwiseConv(nn.Conv2d):
     """
 
     @staticmethod
-    def replaces(module: nn.Module) -> bool:
+    def replaces(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether ``module`` is a convolution this one can stand for."""
         return (
             type(module) is nn.Conv2d
@@ -166,22 +173,23 @@ class PointwiseConv(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "PointwiseConv":
         """The same convolution, with the same parameters."""
-        pointwise = cls(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False, device="meta")
+        stride = (conv.stride[0], conv.stride[1])
+        pointwise = cls(conv.in_channels, conv.out_channels, 1, stride, bias=False, device="meta")
         pointwise.weight, pointwise.bias = conv.weight, conv.bias
         pointwise._forward_pre_hooks.update(conv._forward_pre_hooks)  # a temporal shift is one
         return pointwise.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
-        return pointwise(x, self.weight, self.bias, self.stride)
+        return pointwise(x, self.weight, self.bias, (self.stride[0], self.stride[1]))
 
 
-def fuse_convolutions(module: nn.Module) -> nn.Module:
+def fuse_convolutions(module: Network) -> Network:
     """``fold_batch_norms`` and ``use_matrix_products``, in place; return ``module``."""
     return use_matrix_products(fold_batch_norms(module))
 
 
-def use_matrix_products(module: nn.Module) -> nn.Module:
+def use_matrix_products(module: Network) -> Network:
     """1x1 convolutions as ``PointwiseConv``, in place; return ``module``.
 
     Fast in ``channels_last``, right in any layout.
@@ -238,7 +246,16 @@ class FusedBlock(FusedLayer):
         ValueError: The block has parts this form has no place for (layer scale, norms of queries and keys, a gate).
     """
 
-    def __init__(self, block: Block) -> None:
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+    def __init__(self, block: TimmModel) -> None:
         super().__init__()
         attn, mlp = block.attn, block.mlp
         extras = {"q_norm": attn.q_norm, "k_norm": attn.k_norm, "norm": attn.norm, "ls1": block.ls1, "ls2": block.ls2}

@@ -6,7 +6,7 @@ tell a pair apart.
 """
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,9 +40,7 @@ class MotionSet(Dataset):
     classes = CLASSES
     holds_clips = True
 
-    def __init__(
-        self, images: Sequence[tuple[Image.Image, int]], count: int, num_frames: int = 8, size: int = 32, seed: int = 0
-    ) -> None:
+    def __init__(self, images: Any, count: int, num_frames: int = 8, size: int = 32, seed: int = 0) -> None:
         self.images, self.count, self.num_frames, self.size, self.seed = images, count, num_frames, size, seed
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ that it can be sent to other machines: an actor of Ray Data, or a function of Sp
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..exits.adaptive import AdaptiveModel, ExitOutput
 from ..exits.costs import exit_costs
 from ..exits.policy import ExitPolicy, weights_digest
 from ._cards import load_from_hf
+from ._host import TimmModel
 from ._shipped import list_shipped, shipped_policy
 from .clips import VIDEO_EXTENSIONS, ClipTransform, VideoFile
 from .images import EXTENSIONS, MODES, UnreadableImage, input_config, read_image
@@ -46,6 +47,7 @@ class SampleReader:
         if channels not in MODES:
             raise ValueError(f"{self.kind}s have 1 or 3 channels, the model takes {channels}.")
         self._mode = MODES[channels]
+        self._transform: Callable[[Any], Tensor]
         if self.kind == "clip":
             self._transform = ClipTransform.of_config(config)
         else:
@@ -62,7 +64,7 @@ class SampleReader:
             return self._transform(read_image(file, name).convert(self._mode))
         if isinstance(file, bytes):
             raise UnreadableImage(f"{name or 'the clip'}: clips are read from files, and these are bytes.")
-        return self._transform(VideoFile(file))
+        return self._transform(VideoFile(os.fspath(file)))
 
 
 class Predictor:
@@ -90,7 +92,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TimmModel,
         policy: ExitPolicy,
         config: Mapping[str, Any] | None = None,
         classes: Sequence[str] | None = None,
@@ -154,7 +156,7 @@ class Predictor:
             for classes, shares in zip(indices.tolist(), values.tolist(), strict=True)
         ]
 
-    def _runner(self, model: nn.Module, mode: str) -> AdaptiveModel:
+    def _runner(self, model: TimmModel, mode: str) -> AdaptiveModel:
         if _is_export(model):
             return _exported(model.folder, self.policy)
         if mode in ("onnx", "openvino"):
@@ -301,7 +303,7 @@ def _open(source: str, checkpoint: str | None) -> tuple[nn.Module, ExitPolicy | 
     return model.eval(), policy
 
 
-def spoken_names(model: nn.Module, names: Sequence[str] | None) -> list[str]:
+def spoken_names(model: TimmModel, names: Sequence[str] | None) -> list[str]:
     """What to call each class: the names, in words where they are ImageNet's codes, or the numbers."""
     subset = infer_imagenet_subset(model)
     info = ImageNetInfo(subset) if subset else None
@@ -310,7 +312,7 @@ def spoken_names(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     return list(names) if names else [str(index) for index in range(model.num_classes)]
 
 
-def _macs(model: nn.Module, input_size: Sequence[int]) -> np.ndarray | None:
+def _macs(model: TimmModel, input_size: Sequence[int]) -> np.ndarray | None:
     """Cumulative MACs (K,); of an export those of the network it was made from."""
     if not _is_export(model):
         return exit_costs(model, input_size).macs

@@ -18,7 +18,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import timm.scheduler
@@ -36,6 +36,9 @@ from ._host import SWAPPED
 from ._loss_options import ExitLossOptions, add_loss_arguments, config_values, options_of, write_options
 from ._progress import follow_updates
 from ._scripts import Names, check_script, put_in_place, run_script
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ExitLossOptions", "MultiExitEvaluator", "MultiExitTask", "main"]
 
@@ -162,11 +165,12 @@ class MultiExitTask(ClassificationTask):
         heads = {id(p) for head in _modules(model.get_classifier()) for p in head.parameters()}
         return [p for p in model.parameters() if id(p) not in heads]
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "MultiExitTask":
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "Self":
         """Wrap the model in DistributedDataParallel; on the CPU, where DDP refuses device ids, without them."""
         if self._needs_progress:  # some parameters learn later than others
             ddp_kwargs.setdefault("find_unused_parameters", True)
-        return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
+        super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
+        return self
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Create timm's moving average of the model."""
@@ -175,11 +179,13 @@ class MultiExitTask(ClassificationTask):
             self.eval_model_ema = ExitRecorder(ema, " (EMA)")
         return ema
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm's, which is not torch's
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile the training step's model and the evaluation of all exits."""
         if not self.multi_exit:
             return super().compile(backend, mode, **compile_kwargs)
-        recorder = self.eval_model
+        recorder = cast(ExitRecorder, self.eval_model)
         super().compile(backend, mode, **compile_kwargs)
         self.eval_model = recorder.compile_exits(backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
@@ -190,7 +196,8 @@ class MultiExitTask(ClassificationTask):
         """Compile the evaluation of the moving average, if there is one."""
         if not (self.multi_exit and self.has_ema()):
             return super().compile_ema(backend, mode, **compile_kwargs)
-        return self.eval_model_ema.compile_exits(backend=backend, mode=mode, **compile_kwargs)
+        recorder = cast(ExitRecorder, self.eval_model_ema)
+        return recorder.compile_exits(backend=backend, mode=mode, **compile_kwargs)
 
     def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
         """Evaluator that also reports the accuracy of every exit."""
@@ -206,7 +213,7 @@ def _modules(classifier: Any) -> tuple[nn.Module, ...]:
     return tuple(m for m in (classifier or ()) if isinstance(m, nn.Module))
 
 
-def _refusing_exits(task: type[nn.Module]) -> type[nn.Module]:
+def _refusing_exits(task: Any) -> type[nn.Module]:
     """``task`` for models with one output; a multi-exit model would crash it in the first step."""
 
     class OneOutputTask(task):
@@ -225,7 +232,7 @@ def _refusing_exits(task: type[nn.Module]) -> type[nn.Module]:
 
 def _training_names(options: ExitLossOptions) -> Names:
     """What stands where, by module, while a training script runs."""
-    chosen = {"exit_loss": options.preset, "exit_loss_alpha": options.alpha}
+    chosen: dict[str, Any] = {"exit_loss": options.preset, "exit_loss_alpha": options.alpha}
     chosen |= {"exit_loss_ce": options.ce, "exit_loss_kl": options.kl}
 
     tasks: list[MultiExitTask] = []
@@ -276,8 +283,9 @@ def _inference_names() -> Names:
 
     def create_model(*args: Any, **kwargs: Any) -> nn.Module:
         model = make(*args, **kwargs)
+        has_exits: bool = is_multi_exit(model)
         # TorchScript would try to compile the hook.
-        if is_multi_exit(model) and not kwargs.get("scriptable"):
+        if has_exits and not kwargs.get("scriptable"):
             model.register_forward_hook(_average_exits)
         return model
 

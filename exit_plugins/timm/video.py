@@ -19,20 +19,22 @@ from ..exits.clips import FrameNetwork, over_clips
 from ..exits.policy import ExitPolicy
 from ..exits.protocol import State
 from . import dynperceiver
+from ._host import TimmModel
 from .dynperceiver import DynPerceiver
+from .layers import Network
 
 __all__ = ["FrameStream", "TemporalShift", "shift_frames", "shifts_of", "temporal_shift"]
 
 
 def temporal_shift(
-    model: nn.Module,
+    model: Network,
     num_frames: int = 8,
     latent: bool = True,
     features: bool = True,
     *,
     online: bool = False,
     fold_div: int = 8,
-) -> nn.Module:
+) -> Network:
     """Let an image network read clips (B, ``num_frames``, C, H, W): change ``model`` in place and return it.
 
     In every residual block of the convolutional network, before the first convolution of the residual branch, a part
@@ -135,16 +137,16 @@ class TemporalShift:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = inputs
         if self.memory is not None:
-            return (self._after_the_last(x), *others)
+            return (self._after_the_last(x, self.memory), *others)
         return (shift_frames(x, self.num_frames, self.dim, self.online, self.fold_div), *others)
 
-    def _after_the_last(self, x: Tensor) -> Tensor:
+    def _after_the_last(self, x: Tensor, memory: dict[str, Tensor]) -> Tensor:
         """One frame (1, ...) behind the frame that came here last, or the first of its clip."""
         fold = x.shape[self.dim] // self.fold_div
         own = x.narrow(self.dim, 0, fold)
-        before = self.memory.get("before")
+        before = memory.get("before")
         # A copy: what lies around the channels need not be kept, and may be written to.
-        self.memory["before"] = own.clone()
+        memory["before"] = own.clone()
         x = x.clone()
         x.narrow(self.dim, 0, fold).copy_(torch.zeros_like(own) if before is None else before)
         return x
@@ -182,19 +184,19 @@ class FrameStream:
     """
 
     def __init__(self, model: nn.Module, policy: ExitPolicy, window: int | None = None) -> None:
-        frames = _StreamedNetwork(model, window)
+        self.frames = _StreamedNetwork(model, window)
         self.shifts = shifts_of(model)
         if not all(shift.online for shift in self.shifts):
             raise ValueError(
                 "this model's shift takes channels from the next frame too, which a stream does not have yet; build "
                 "(and train) it with online=True."
             )
-        self.adaptive = AdaptiveModel(frames, policy, fuse=False)
+        self.adaptive = AdaptiveModel(self.frames, policy, fuse=False)
         self.reset()
 
     def reset(self) -> None:
         """Forget the frames so far."""
-        self.adaptive.model.reset()
+        self.frames.reset()
         self.memories: list[dict[str, Tensor]] = [{} for _ in self.shifts]
 
     def __call__(self, frame: Tensor) -> ExitOutput:
@@ -213,12 +215,11 @@ class FrameStream:
 class _StreamedNetwork(FrameNetwork):
     """The image network of a clip model, answering with the mean over the frames so far."""
 
-    def __init__(self, model: nn.Module, window: int | None) -> None:
+    def __init__(self, model: TimmModel, window: int | None) -> None:
         super().__init__(model)
-        window = model.num_frames if window is None else window
-        if window < 1:
-            raise ValueError(f"window must be a positive number of frames, got {window}.")
-        self.window = window
+        self.window: int = model.num_frames if window is None else window
+        if self.window < 1:
+            raise ValueError(f"window must be a positive number of frames, got {self.window}.")
         self.reset()
 
     def reset(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._modules import ModuleDict
 from ..tuner import AdapterLayer, xavier_linear
 from .config import BottleneckConfig
 
@@ -20,8 +21,8 @@ class BottleneckLayer(nn.Module, AdapterLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         AdapterLayer.__init__(self, base_layer, adapter_name)
-        self.bottleneck_down = nn.ModuleDict()
-        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_down: ModuleDict[nn.Linear] = ModuleDict()
+        self.bottleneck_up: ModuleDict[nn.Linear] = ModuleDict()
         self.bottleneck_dropout = nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig, r: int, dropout: float) -> None:

@@ -42,5 +42,5 @@ class RepAdapterConfig(AdapterConfig):
                 raise ValueError(f"groups={self.groups} does not divide the adapter's width r={rank}.")
 
     def of_layer(self, name: str) -> dict[str, Any]:
-        scale = self.scale_pattern.get(get_pattern_key(self.scale_pattern, name), self.scale)
+        scale = self.scale_pattern.get(get_pattern_key(list(self.scale_pattern), name), self.scale)
         return {**super().of_layer(name), "scale": scale}

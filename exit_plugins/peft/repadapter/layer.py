@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._modules import ModuleDict
 from ...exits.meta import is_quantised
-from .._host import check_adapters_to_merge
+from .._host import HostModel, check_adapters_to_merge
 from ..tuner import AdapterLayer, xavier_linear
 from .config import RepAdapterConfig
 
@@ -27,8 +28,8 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         AdapterLayer.__init__(self, base_layer, adapter_name)
-        self.repadapter_A = nn.ModuleDict()
-        self.repadapter_B = nn.ModuleDict()
+        self.repadapter_A: ModuleDict[nn.Linear] = ModuleDict()
+        self.repadapter_B: ModuleDict[nn.Linear] = ModuleDict()
         self.repadapter_dropout = nn.ModuleDict()
         self.groups: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -85,7 +86,7 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
 
     def _maps(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the adapter ``x -> U (V x + v) + u``: V (r, d), v (r,), U (d, r), u (d,), the scale inside U and u."""
-        holder = self._holder(adapter_name)
+        holder = self.repadapter_source.get(adapter_name, self)
         down, up, scale = (
             holder.repadapter_A[adapter_name],
             holder.repadapter_B[adapter_name],
@@ -118,7 +119,8 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
 
     def _weight(self) -> Tensor:
         """The base layer's weight (out, d) without anything merged, in at least single precision."""
-        weight = self.get_base_layer().weight.detach()
+        base: HostModel = self.get_base_layer()
+        weight: Tensor = base.weight.detach()
         if is_quantised(weight):
             raise TypeError(
                 "RepAdapter cannot be merged into a quantised layer; load the base model unquantised to merge."
@@ -136,7 +138,8 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
         weight = self._weight()
         down, down_bias, up, up_bias = (t.detach().to(weight) for t in self._maps(adapter_name))
         wide = weight @ up
-        delta = (wide @ down).reshape(self.get_base_layer().weight.shape)
+        base: HostModel = self.get_base_layer()
+        delta = (wide @ down).reshape(base.weight.shape)
         return delta, wide, wide @ down_bias + weight @ up_bias
 
     @torch.no_grad()
@@ -145,7 +148,7 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
 
         A layer without bias gets one. ``safe_merge`` raises ValueError and changes nothing if the result is not finite.
         """
-        base = self.get_base_layer()
+        base: HostModel = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names):
             if self._holder(name) is None:
                 continue
@@ -168,7 +171,7 @@ class RepAdapterLayer(nn.Module, AdapterLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take every merged adapter out again, up to the rounding of the base layer's type."""
-        base = self.get_base_layer()
+        base: HostModel = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             wide, shift = self._merged.pop(name)

@@ -1,5 +1,7 @@
 """The RepAdapter tuner."""
 
+from typing import Any
+
 from .._host import LORA_TARGETS
 from ..tuner import AdapterModel
 from .layer import RepAdapterLayer
@@ -20,7 +22,7 @@ class RepAdapterModel(AdapterModel):
 
     prefix = "repadapter_"
     tuner_layer_cls = RepAdapterLayer
-    target_module_mapping = {
+    target_module_mapping: dict[str, Any] = {
         **LORA_TARGETS,
         **dict.fromkeys(("vit", "deit", "dinov2", "beit"), ["q_proj", "k_proj", "v_proj", "fc1"]),
     }
