@@ -5,7 +5,8 @@ Importing it makes PEFT know the methods REPADAPTER and BOTTLENECK.
 
 from .bottleneck import BottleneckConfig, BottleneckModel
 from .dyn import DynConfig, DynPeftModel, get_dyn_peft_model
-from .multi_exit import DynOutput, MultiExitBackbone
+from .exit_model import DynOutput
+from .multi_exit import MultiExitBackbone
 from .repadapter import RepAdapterConfig, RepAdapterModel
 from .schedule import GradientMask, exit_weights
 from .trainer import DynTrainerCallback, compute_exit_metrics

@@ -1,7 +1,7 @@
 """Everything of PEFT that is not its documented face: what this wing imports of it, overrides, and adds to it.
 
 Other modules take these names from here, so that a PEFT that has moved one is named by this file alone. Of transformers
-no private name is used: its models are cut by calling their own modules (``families``).
+no private name is used: its models are cut by calling their own modules (``transformers_family``).
 """
 
 from typing import Any, TypeAlias

@@ -5,18 +5,16 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CardData, ModelCard, ModelCardData
 from torch import nn
 
 from ..exits import exit_costs
+from .exit_model import ExitModel
 from .folders import name_of
 from .timm_family import input_size as timm_input_size
 from .timm_family import is_timm
-
-if TYPE_CHECKING:
-    from .multi_exit import ExitModel
 
 __all__ = ["card_tags", "input_size", "update_card"]
 
@@ -71,7 +69,7 @@ def input_size(backbone: nn.Module) -> tuple[int, int, int] | None:
 
 def update_card(
     folder: Path,
-    model: "ExitModel",
+    model: ExitModel,
     method: str | None = None,
     accuracies: Sequence[float] | None = None,
     dataset: str | None = None,
@@ -102,7 +100,7 @@ def update_card(
     card.save(path)
 
 
-def _describe(data: CardData, model: "ExitModel", method: str | None) -> None:
+def _describe(data: CardData, model: ExitModel, method: str | None) -> None:
     """The card's metadata: tags, task, and a base model that others can find."""
     base = _hub_name(model.backbone)
     given = data.to_dict().get("tags") or []
@@ -134,7 +132,7 @@ def _findable(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not os.path.exists(name)
 
 
-def _macs(model: "ExitModel") -> list[float] | None:
+def _macs(model: ExitModel) -> list[float] | None:
     """Cumulative MACs of the exits, reckoned once for each set of exits; None where they cannot be."""
     kept = model.__dict__.setdefault("_macs_of_exits", {})
     key = (model.exit_after, tuple(head.hidden for head in model.early_heads), input_size(model.backbone))
@@ -150,7 +148,7 @@ def _macs(model: "ExitModel") -> list[float] | None:
 
 
 def _section(
-    model: "ExitModel",
+    model: ExitModel,
     method: str | None,
     accuracies: Sequence[float] | None,
     dataset: str | None,

@@ -3,8 +3,7 @@
 import copy
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,29 +11,28 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from .._modules import ModuleList
-from ..exits import MultiExitLoss
 from ..exits.clips import over_clips
 from ..exits.files import atomic_folder
 from ._host import HostModel, NoMatchingPeftModuleError, method_of
 from .card import update_card
 from .dyn_config import DynConfig
+from .dyn_training import DynTraining, exit_criterion
 from .families import Family, find_family
 from .fitting import check_backbone, check_method, last_classifier, save_classifiers
 from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, reading_folder, write_exits
 from .heads import EarlyHead, ExitHeads, widen_classifiers
-from .multi_exit import ExitModel, MultiExitBackbone
+from .multi_exit import MultiExitBackbone
 from .precision import check_mergeable, halve_saved, single_saved
-from .schedule import GradientMask, exit_weights, set_dropout
+from .schedule import set_dropout
 from .timm_family import TimmFamily, fill_targets, uncalled_adapters
 
 __all__ = ["DynConfig", "DynPeftModel", "get_dyn_peft_model"]
 
 
-class DynPeftModel(ExitModel, PeftModel):
+class DynPeftModel(DynTraining, PeftModel):
     """A ``PeftModel`` with early exits: made by ``get_dyn_peft_model`` or ``DynPeftModel.from_pretrained``.
 
     It is a ``MultiExit``: ``AdaptiveModel``, ``collect_exits``, ``exit_costs`` and the rest work on it as it is. Every
@@ -48,8 +46,6 @@ class DynPeftModel(ExitModel, PeftModel):
         exit_weights: (K,) weights of the exits' losses at the current progress of training.
         criterion: called with one exit's logits (B, C) and the labels; cross-entropy if left alone.
     """
-
-    exit_weights: Tensor
 
     def __init__(
         self,
@@ -94,13 +90,8 @@ class DynPeftModel(ExitModel, PeftModel):
         self.family = family
         self.dyn_config: dict[str, DynConfig] = {}
         self._exit_after: dict[str, tuple[int, ...]] = {}
-        self._cross_entropy: dict[str, MultiExitLoss] = {}
-        self._own_criterion: Callable[[Tensor, Tensor], Tensor] | None = None
         self.exit_heads = ExitHeads()
-        self.register_buffer("exit_weights", torch.zeros(0), persistent=False)
-        self.progress = 0.0
-        # Whether somebody sets the progress, has attached the mask; steps seen while one of them is missing.
-        self._led, self._masked, self._steps_seen = False, False, 0
+        self._begin_training()
         self._add_exits(adapter_name, dyn_config, exit_after, autocast_adapter_dtype)
         self._weigh_exits()
         if dyn_config.num_frames is not None:
@@ -152,7 +143,7 @@ class DynPeftModel(ExitModel, PeftModel):
         heads.requires_grad_(adapter_name in self.active_adapters and not inference)
         self.exit_heads[adapter_name] = heads.to(reference.weight.device).train(self.training)
         self.dyn_config[adapter_name] = config
-        self._cross_entropy[adapter_name] = MultiExitLoss(1, "chase", label_smoothing=config.label_smoothing)
+        self._cross_entropy[adapter_name] = exit_criterion(config)
         self._exit_after[adapter_name] = exit_after
         set_dropout(backbone, adapter_name, family.units(backbone), config.dropout_shallow, config.dropout_deep)
 
@@ -208,91 +199,6 @@ class DynPeftModel(ExitModel, PeftModel):
                     "DynConfig(label_smoothing=...) in its place."
                 ) from None
             raise
-
-    # Training
-
-    def set_progress(self, progress: float) -> None:
-        """Set the weights of the exits' losses for the share of training done, in [0, 1]."""
-        self._led = True
-        self._weigh_exits(progress)
-
-    def _weigh_exits(self, progress: float | None = None) -> None:
-        progress = self.progress if progress is None else progress
-        config = self.dyn_config[self._active]
-        values = exit_weights(self.num_exits, progress, config.lambda_shallow, config.lambda_deep)
-        weights = torch.tensor(values, device=last_classifier(self.backbone, self.family).weight.device)
-        if self.exit_weights.shape == weights.shape:
-            self.exit_weights.copy_(weights)  # in place: compiled steps and CUDA graphs hold on to the buffer
-        else:
-            self.exit_weights = weights
-        self.progress = progress
-
-    @property
-    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return self._own_criterion or self._cross_entropy[self._active]
-
-    @criterion.setter
-    def criterion(self, criterion: Callable[[Tensor, Tensor], Tensor] | None) -> None:
-        self.__dict__["_own_criterion"] = criterion
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "criterion":  # torch would make a criterion that is a module a part of the model
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def loss(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:
-        """Dyn-Adapter eq. 5: the exits' losses weighted by lambda, a plain sum; a scalar.
-
-        Args:
-            outputs: what the model returns in training, K tensors (B, C).
-            target: class indices (B,) or probabilities (B, C).
-
-        Raises:
-            ValueError: these are not the logits of all exits.
-        """
-        if isinstance(outputs, Tensor) or len(outputs) != self.num_exits:
-            raise ValueError(
-                f"expected the logits of all {self.num_exits} exits, as the model returns them in training mode or "
-                f"forward_exits does; got {'one tensor' if isinstance(outputs, Tensor) else len(outputs)}."
-            )
-        led = self._led and self._masked
-        if self.training and not led and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._notice_unled_training()
-        criterion = self.criterion
-        losses = torch.stack([criterion(logits, target) for logits in outputs])
-        return (self.exit_weights.to(losses) * losses).sum()
-
-    def _notice_unled_training(self) -> None:
-        """Warn at the second step of a training that nobody tells how far it is."""
-        self._steps_seen += 1
-        config, missing = self.dyn_config[self._active], []
-        if not self._led and any(start != end for start, end in (config.lambda_shallow, config.lambda_deep)):
-            weights = [round(weight, 2) for weight in self.exit_weights.tolist()]
-            missing.append(f"its exits keep the weights they start with, {weights}")
-        if not self._masked and config.mask is not None and config.mask_share:
-            missing.append("no entry of the gradient is masked")
-        if self._steps_seen == 2 and missing:
-            warnings.warn(
-                f"this model is in training and nobody leads it: {', and '.join(missing)}. With transformers' Trainer "
-                "give it callbacks=[DynTrainerCallback()] (in exit_plugins.peft); in another loop call "
-                "attach_mask(optimizer) before it and set_progress(step / total) at every step. If this is meant, say "
-                "so in DynConfig: equal ends of lambda_shallow and of lambda_deep, mask=None.",
-                stacklevel=3,
-            )
-
-    def attach_mask(self, optimizer: Optimizer) -> GradientMask | None:
-        """Let the gradient mask of the active adapter act on ``optimizer``; None if the configuration has no mask."""
-        self._masked = True
-        config = self.dyn_config[self._active]
-        if config.mask is None or not config.mask_share:
-            return None
-        chosen = []
-        for name, parameter in self.named_parameters():
-            is_head = name.startswith("exit_heads.") or ".modules_to_save." in name
-            if parameter.requires_grad and config.mask_scope in ("all", "heads" if is_head else "adapters"):
-                chosen.append(parameter)
-        return GradientMask(chosen, config.mask_share, config.mask, config.mask_seed).attach(optimizer)
 
     # Adapters
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from .families import Family
+from .family import Family
 
 __all__ = ["DynConfig"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ._host import AuxiliaryTrainingWrapper, HostModel, method_of
 from .dyn_config import DynConfig
-from .families import Family
+from .family import Family
 
 __all__ = ["check_backbone", "check_method", "last_classifier", "save_classifiers"]
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -23,10 +23,8 @@ from ..exits.files import atomic_folder
 from ..exits.reading import reading, strict_json
 from ..timm._host import save_config_for_hf
 from ._host import HostModel
+from .exit_model import ExitModel
 from .families import Family, find_family
-
-if TYPE_CHECKING:
-    from .multi_exit import MultiExitBackbone
 
 CONFIG_NAME = "dyn_config.json"
 HEADS_NAME = "dyn_heads.safetensors"
@@ -120,7 +118,7 @@ def _find(model_id: str | os.PathLike, name: str, **hub: Any) -> Path:
 
 
 def save_merged(
-    model: "MultiExitBackbone", save_directory: str | os.PathLike, describe: Callable[[Path], None], **kwargs: Any
+    model: ExitModel, save_directory: str | os.PathLike, describe: Callable[[Path], None], **kwargs: Any
 ) -> None:
     """Write a merged model: the backbone as its host does, its exits beside it, and what ``describe`` adds."""
     if os.path.isfile(save_directory):

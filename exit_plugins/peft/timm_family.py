@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..exits import MultiExit
 from ..timm.split import Split, find_cuts, is_layer, pool_features, traceable_copy
 from ._host import HostModel, is_tuner_layer, method_of
-from .families import Family, names_of
+from .family import Family, names_of
 
 __all__ = ["TimmFamily", "fill_targets", "input_size", "is_timm", "timm_classifiers", "uncalled_adapters"]
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from ..exits.policy import ExitPolicy, describe_model
 from ..exits.reading import reading
 from ._checkpoints import check_keys, unwrap_state_dict
-
-if TYPE_CHECKING:
-    from .dvt import DVT, T2TTokens
+from ._dvt_tokens import T2TTokens
+from ._host import TimmModel
 
 __all__ = ["allow_numpy_data", "checkpoint_filter_fn", "policies_from_checkpoint"]
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: "DVT") -> dict[str, Any]:
-    """State dict for ``model`` from ours or the authors' (``{"model_state_dict": ...}``).
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: TimmModel) -> dict[str, Any]:
+    """State dict for ``model``, a DVT, from ours or the authors' (``{"model_state_dict": ...}``).
 
     Positions are resampled to the model's grids, and the first layers of the tokens-to-token modules to its channels.
 
@@ -53,7 +52,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: "DVT") -> dict[st
     return state_dict
 
 
-def _adapt_channels(state_dict: dict[str, Any], prefix: str, tokens: "T2TTokens", in_chans: int) -> None:
+def _adapt_channels(state_dict: dict[str, Any], prefix: str, tokens: T2TTokens, in_chans: int) -> None:
     """Give the layers that read unfolded pixels ``in_chans`` channels, as timm does with a first convolution."""
     area = tokens.kernel[0] * tokens.kernel[1]
     weight = state_dict[prefix + "kqv.weight"]

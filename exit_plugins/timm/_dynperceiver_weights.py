@@ -1,6 +1,6 @@
 """The authors' published weights of Dyn-Perceiver: their names of our parameters, and reading such a file."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.layers import ConvNormAct
@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from ._checkpoints import check_keys, unwrap_state_dict
 from ._host import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite, TimmModel
 
-if TYPE_CHECKING:
-    from .dynperceiver import DynPerceiver
-
 __all__ = ["checkpoint_filter_fn", "public_names"]
 
 
-def public_names(model: "DynPerceiver") -> dict[str, tuple[str, ...]]:
-    """For each key of our state dict, the key in the authors' layout; several where one projection joins them."""
+def public_names(model: TimmModel) -> dict[str, tuple[str, ...]]:
+    """For each key of a Dyn-Perceiver's state dict, the one in the authors' layout; several where one is their join."""
     return {key: _public_name(key, model) for key in model.state_dict()}
 
 
@@ -81,7 +78,7 @@ def _public_block(block: nn.Module, name: str) -> str:
     return _rename(name, table)
 
 
-def _public_name(key: str, model: "DynPerceiver") -> tuple[str, ...]:
+def _public_name(key: str, model: TimmModel) -> tuple[str, ...]:
     root, _, name = key.partition(".")
     if root == "latent":
         return (key,)
@@ -89,9 +86,8 @@ def _public_name(key: str, model: "DynPerceiver") -> tuple[str, ...]:
         if isinstance(model.stem, ConvNormAct):
             return ("cnn_stem." + _public_block(model.stem, name),)
         index, _, name = name.partition(".")
-        stem: TimmModel = model.stem
-        public = _public_block(stem[int(index)], name)
-        return ("cnn_stem." + (public if isinstance(stem[1], nn.MaxPool2d) else f"{index}.{public}"),)
+        public = _public_block(model.stem[int(index)], name)
+        return ("cnn_stem." + (public if isinstance(model.stem[1], nn.MaxPool2d) else f"{index}.{public}"),)
     if root == "transfers":
         index, part, name = name.split(".", 2)
         return (f"isc{int(index) + 3}.{dict(fc=0, norm=1)[part]}.{name}",)
@@ -132,7 +128,7 @@ def _public_name(key: str, model: "DynPerceiver") -> tuple[str, ...]:
     return (prefix + _public_block(block, name),)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: "DynPerceiver") -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmModel) -> dict[str, Tensor]:
     """State dict in our layout from ours or the authors': plain, ``{"model": ...}`` training file, EMA.
 
     Raises:

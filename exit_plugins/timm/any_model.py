@@ -5,7 +5,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import ConvNormAct, get_device_dtype
+from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs, get_model_args, get_model_input_config, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,88 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from ..exits.clips import sample_size
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
+from ._early_head import HEADS, EarlyHead
 from ._host import TimmModel, model_config, model_traits, set_model_config, set_model_traits, update_model_args
 from ._networks import fuse_network, groups_of_part
 from .layers import check_has_exits, check_image
-from .split import Cut, Split, find_cuts, place_cuts, pool_features
+from .split import Cut, Split, find_cuts, place_cuts
 
 __all__ = ["EarlyHead", "WithExits", "add_exits"]
 
-HEADS = ("linear", "mlp", "conv")
 TRAIN = ("all", "heads")
 
 torch.fx.wrap("check_image")
-
-
-class EarlyHead(nn.Module):
-    """Classifier of an early exit: from what a module of the network returned, (B, num_classes).
-
-    Args:
-        cut: Where it stands.
-        num_classes: Classes; 0 gives what the last linear layer would read.
-        kind: ``linear``: mean over positions, norm, linear layer. ``mlp``: a hidden layer (GELU) in between. ``conv``:
-            a 3x3 convolution with stride 2, norm and activation before the mean; on maps only. The norm is a batch norm
-            behind maps, which folds into the linear layer, and a layer norm behind tokens.
-        hidden: Width of the hidden layer, or of the convolution; the default is that of what it reads.
-        drop_rate: Dropout before the last linear layer.
-    """
-
-    def __init__(
-        self,
-        cut: Cut,
-        num_classes: int,
-        kind: str = "linear",
-        hidden: int | None = None,
-        drop_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.cut = cut
-        width = cut.width
-        self.convs = nn.ModuleList()
-        if kind == "conv":
-            if not set(cut.layouts) <= {"NCHW", "NHWC"}:
-                raise ValueError(
-                    f"a conv head reads maps, and {cut.name} gives {', '.join(cut.layouts)} of shape "
-                    f"{', '.join(map(str, cut.shapes))}: use head='linear' or 'mlp'."
-                )
-            self.convs.extend(ConvNormAct(w, hidden or w, 3, stride=2, **dd) for w in cut.widths)
-            width = sum(hidden or w for w in cut.widths)
-            self.norm: nn.Module = nn.Identity()
-        else:
-            norm: type[nn.Module] = nn.LayerNorm if "NLC" in cut.layouts else nn.BatchNorm1d
-            self.norm = norm(width, **dd)
-        self.mlp: nn.Module = nn.Identity()
-        if kind == "mlp":
-            self.mlp = nn.Sequential(nn.Linear(width, hidden or width, **dd), nn.GELU())
-            width = hidden or width
-        self.drop = nn.Dropout(drop_rate)
-        self.width = width
-        self.fc: nn.Module = nn.Identity()
-        self.reset(num_classes, **dd)
-
-    def reset(self, num_classes: int, device: Any = None, dtype: Any = None) -> None:
-        """A new last layer."""
-        self.fc = nn.Identity()
-        if num_classes:
-            self.fc = fc = nn.Linear(self.width, num_classes, device=device, dtype=dtype)
-            nn.init.trunc_normal_(fc.weight, std=0.02)
-            nn.init.zeros_(fc.bias)
-        self.fc.train(self.training)
-
-    @torch.jit.ignore  # scripted models run the network alone
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        if len(self.convs):
-            maps = [
-                conv(x if layout == "NCHW" else x.permute(0, 3, 1, 2))
-                for conv, x, layout in zip(self.convs, features, self.cut.layouts, strict=True)
-            ]
-            x = torch.cat([m.mean((2, 3)) for m in maps], dim=1)
-        else:
-            x = pool_features(features, self.cut)
-        return self.fc(self.drop(self.mlp(self.norm(x))))
 
 
 class WithExits(MultiExit, nn.Module):

@@ -23,7 +23,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ._checkpoints import build_with_checkpoint
-from ._multiscale import MultiScaleNet, ScalesLayer, cifar_cfg, imagenet_cfg
+from ._multiscale import MultiScaleNet, cifar_cfg, imagenet_cfg
+from ._scale_layers import ScalesLayer
 from ._scale_plan import LayerPlan
 
 __all__ = ["CHASE"]

@@ -5,20 +5,15 @@ NeurIPS 2021). Section numbers below are the paper's; where it is silent, the la
 weights compute, so that these load.
 """
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    Attention,
-    Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
     global_pool_nlc,
@@ -27,12 +22,13 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .._modules import ModuleDict, ModuleList
 from ..exits.protocol import MultiExit
 from ._checkpoints import build_with_checkpoint, share_link
+from ._dvt_reuse import DVTBlock, TokenResize
+from ._dvt_tokens import Patches, PatchTokens, Performer, T2TTokens, cut_side, sinusoids
 from ._dvt_weights import allow_numpy_data, checkpoint_filter_fn, policies_from_checkpoint
 from ._host import feature_take_indices, update_model_args, update_model_input_size
 from .layers import check_has_exits
@@ -42,7 +38,6 @@ __all__ = ["DVT", "DVTCfg", "policies_from_checkpoint"]
 Size = int | tuple[int, int]
 
 torch.fx.wrap("_check_image")
-torch.fx.wrap("_at_least_float32")
 
 
 @dataclass(frozen=True)
@@ -108,46 +103,6 @@ class DVTCfg:
     t2t_drop_rate: float = 0.1
 
 
-class Patches(NamedTuple):
-    """How one side of an image is cut into patches: ``halvings`` more 3-wide, 2-apart cuts follow the first."""
-
-    kernel: int
-    stride: int
-    padding: int
-    halvings: int
-
-    def count(self, side: int) -> int:
-        """Tokens along a side of ``side`` pixels."""
-        tokens = (side + 2 * self.padding - self.kernel) // self.stride + 1
-        for _ in range(self.halvings):
-            tokens = (tokens + 1) // 2
-        return tokens
-
-    @property
-    def reduction(self) -> int:
-        """Pixels from one token to the next."""
-        return self.stride << self.halvings
-
-
-def _cut(side: int, tokens: int, kind: str) -> Patches:
-    """Patches that make ``tokens`` of ``side`` pixels.
-
-    Plain patches touch; those of the tokens-to-token module overlap, 7/4 as wide as they are apart, and are merged by
-    two halvings. The padding is the least with which the patches cover the side.
-    """
-    halvings = 2 if kind == "t2t" else 0
-    stride = -(-side // (tokens << halvings))
-    kernel = -(-7 * stride // 4) if kind == "t2t" else stride
-    covered = (-(-side // stride) - 1) * stride + kernel
-    patches = Patches(kernel, stride, max(0, (covered - side + 1) // 2), halvings)
-    if patches.count(side) != tokens:
-        raise ValueError(
-            f"{side} pixels cannot be cut into {tokens} tokens of one size (patches {stride} pixels apart make "
-            f"{patches.count(side)}); choose another entry of token_grids."
-        )
-    return patches
-
-
 def _pair(size: Size) -> tuple[int, int]:
     height, width = to_2tuple(size)
     return height, width
@@ -183,299 +138,6 @@ def _check_image(x: Tensor, in_chans: int, height: int, width: int) -> Tensor:
             "build the model with other img_size and in_chans (set_input_size changes img_size later)."
         )
     return x
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-
-
-class Performer(nn.Module):
-    """Attention of linear cost over random features with an MLP behind, as in the tokens-to-token module.
-
-    It has one head, and its values, not its input, are the residual: (B, N, dim) becomes (B, N, width).
-    """
-
-    w: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        width: int,
-        num_features: int,
-        drop_rate: float = 0.0,
-        norm_eps: float = 1e-5,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
-        self.kqv = nn.Linear(dim, 3 * width, **dd)
-        self.proj = nn.Linear(width, width, **dd)
-        self.drop = nn.Dropout(drop_rate)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps, **dd)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, width, **dd), nn.GELU(), nn.Linear(width, width, **dd), nn.Dropout(drop_rate)
-        )
-        # Drawn once and never trained: a buffer, so that optimizers and DDP leave it alone.
-        self.register_buffer("w", torch.empty(num_features, width, **dd))
-
-    def init_weights(self) -> None:
-        """Draw the random features anew."""
-        num_features, width = self.w.shape
-        w = nn.init.orthogonal_(torch.empty(num_features, width, device="cpu"))
-        self.w.copy_(w * math.sqrt(num_features))
-
-    def _features(self, u: Tensor) -> Tensor:
-        """Positive random features (B, N, m) of ``u`` (B, N, width); their products approximate exp(u . v)."""
-        # exp(-|u|^2 / 2) underflows in half precision, and its sum divides.
-        u = _at_least_float32(u)
-        exponent = u @ self.w.to(u.dtype).t() - u.square().sum(-1, keepdim=True) / 2
-        return exponent.exp() / math.sqrt(self.w.shape[0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
-        k_features, q_features = self._features(k), self._features(q)
-        weighted = q_features @ (k_features.transpose(1, 2) @ _at_least_float32(v))
-        total = (q_features * k_features.sum(1, keepdim=True)).sum(-1, keepdim=True)
-        x = v + self.drop(self.proj((weighted / (total + 1e-8)).to(v.dtype)))
-        return x + self.mlp(self.norm2(x))
-
-
-class T2TTokens(nn.Module):
-    """Tokens-to-token module: overlapping patches, merged twice by attention and a 3x3 unfolding at stride 2."""
-
-    def __init__(
-        self, cfg: DVTCfg, patches: tuple[Patches, Patches], in_chans: int, device: Any = None, dtype: Any = None
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        kernel, stride, padding, _ = zip(*patches, strict=True)
-        self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.split = nn.Unfold(kernel, stride=stride, padding=padding)
-        self.merge = nn.Unfold(3, stride=2, padding=1)
-        performer = partial(Performer, width=cfg.t2t_width, num_features=cfg.t2t_features, drop_rate=cfg.t2t_drop_rate)
-        self.attention1 = performer(in_chans * kernel[0] * kernel[1], **dd)
-        self.attention2 = performer(9 * cfg.t2t_width, **dd)
-        self.project = nn.Linear(9 * cfg.t2t_width, cfg.embed_dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to tokens (B, N, D)."""
-        height = (x.shape[2] + 2 * self.padding[0] - self.kernel[0]) // self.stride[0] + 1
-        width = (x.shape[3] + 2 * self.padding[1] - self.kernel[1]) // self.stride[1] + 1
-        x = self.attention1(self.split(x).transpose(1, 2))
-        x = self.merge(x.transpose(1, 2).unflatten(2, (height, width)))
-        x = self.attention2(x.transpose(1, 2))
-        x = self.merge(x.transpose(1, 2).unflatten(2, ((height + 1) // 2, (width + 1) // 2)))
-        return self.project(x.transpose(1, 2))
-
-
-class PatchTokens(nn.Module):
-    """One convolution that cuts touching patches; unlike timm's PatchEmbed it may pad."""
-
-    def __init__(
-        self, cfg: DVTCfg, patches: tuple[Patches, Patches], in_chans: int, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__()
-        kernel, stride, padding, _ = zip(*patches, strict=True)
-        self.proj = nn.Conv2d(in_chans, cfg.embed_dim, kernel, stride, padding, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to tokens (B, N, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TokenResize(nn.Module):
-    """Takes rows that stand for the class token and a grid of tokens to a finer grid (section 3.2, figure 5).
-
-    Along each side: nearest upsampling to the next multiple of the old token count that is not below the new one, then
-    adaptive average pooling. Each new token is thus the mean of at most two old ones, so two gathers and one
-    interpolation do a side. The class token, row 0, stays.
-
-    Args:
-        old_grid, new_grid: Tokens (h, w) before and after.
-        naive_maps: Maps between tokens are resized as images of their rows and columns, whatever token these stand for.
-    """
-
-    width_first: Tensor
-    width_second: Tensor
-    width_weight: Tensor
-    height_first: Tensor
-    height_second: Tensor
-    height_weight: Tensor
-
-    def __init__(
-        self,
-        old_grid: tuple[int, int],
-        new_grid: tuple[int, int],
-        naive_maps: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.naive_maps = naive_maps
-        self.set_grids(old_grid, new_grid, device, dtype)
-
-    def set_grids(
-        self, old_grid: tuple[int, int], new_grid: tuple[int, int], device: Any = None, dtype: Any = None
-    ) -> None:
-        """Take ``old_grid`` (h, w) to ``new_grid`` from now on."""
-        self.old_grid, self.new_grid = old_grid, new_grid
-        rows = old_grid[0] * new_grid[1] + 1
-        tokens = new_grid[0] * new_grid[1] + 1
-        for name, length in (("width", rows), ("height", tokens)):
-            for end in ("first", "second"):
-                index = torch.empty(length, dtype=torch.int64, device=device)
-                self.register_buffer(f"{name}_{end}", index, persistent=False)
-            self.register_buffer(f"{name}_weight", torch.empty(length, 1, device=device, dtype=dtype), persistent=False)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Compute the tables (timm calls this after building a model on the meta device)."""
-        (old_h, old_w), (new_h, new_w) = self.old_grid, self.new_grid
-        first, second, weight = _two_taps(old_w, new_w)
-        row = np.arange(old_h)[:, None] * old_w
-        self._fill("width", row + first, row + second, np.broadcast_to(weight, (old_h, new_w)))
-        first, second, weight = _two_taps(old_h, new_h)
-        column = np.arange(new_w)
-        self._fill(
-            "height",
-            first[:, None] * new_w + column,
-            second[:, None] * new_w + column,
-            np.broadcast_to(weight[:, None], (new_h, new_w)),
-        )
-
-    def _fill(self, name: str, first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> None:
-        for end, index in (("first", first), ("second", second)):
-            self.get_buffer(f"{name}_{end}").copy_(torch.from_numpy(np.append(0, index.ravel() + 1)))
-        self.get_buffer(f"{name}_weight").copy_(torch.from_numpy(np.append(0.0, weight.ravel())[:, None]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., 1 + h*w, C) to (..., 1 + h'*w', C)."""
-        first, second = x.index_select(-2, self.width_first), x.index_select(-2, self.width_second)
-        x = torch.lerp(first, second, self.width_weight.to(x.dtype))
-        first, second = x.index_select(-2, self.height_first), x.index_select(-2, self.height_second)
-        return torch.lerp(first, second, self.height_weight.to(x.dtype))
-
-    def both_axes(self, x: Tensor) -> Tensor:
-        """Maps between tokens, (B, H, N, N) to (B, H, N', N'): keys first, then queries."""
-        if self.naive_maps:
-            tokens = self.new_grid[0] * self.new_grid[1]
-            inner = F.interpolate(x[:, :, 1:, 1:], size=[tokens, tokens], mode="bilinear")
-            to_class = F.interpolate(x[:, :, 1:, :1], size=[tokens, 1], mode="bilinear")
-            of_class = F.interpolate(x[:, :, :1, 1:], size=[1, tokens], mode="bilinear")
-            top = torch.cat([x[:, :, :1, :1], of_class], dim=3)
-            return torch.cat([top, torch.cat([to_class, inner], dim=3)], dim=2)
-        # Gathering whole rows is several times faster than gathering along the last axis.
-        x = self.forward(x.transpose(-2, -1).contiguous())
-        return self.forward(x.transpose(-2, -1).contiguous())
-
-
-def _two_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each new token of a side the two old tokens it is made of and the second's weight."""
-    factor = -(-new // old)
-    upsampled = factor * old
-    start = np.arange(new) * upsampled // new
-    stop = -(-(np.arange(new) + 1) * upsampled // new)
-    first, second = start // factor, (stop - 1) // factor
-    weight = (stop - second * factor) / (stop - start)
-    return first, second, np.where(first == second, 0.0, weight)
-
-
-# timm's layers whose forward takes and returns more here than theirs does. That is said by these names: a comment for
-# the type checker on the method TorchScript would take for one of its own.
-_Attention: Any = Attention
-_Block: Any = Block
-
-
-class ReuseAttention(_Attention):
-    """Self-attention whose logits can be added to and handed on (eq. 9).
-
-    It stays on the fused kernel unless somebody asks for the logits.
-    """
-
-    def forward(
-        self, x: Tensor, added: Tensor | None = None, return_logits: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attended tokens (B, N, D) and, if asked for, the logits (B, H, N, N) after ``added`` is in them."""
-        batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        logits: Tensor | None = None
-        if return_logits or not self.fused_attn:
-            scores = (q * self.scale) @ k.transpose(-2, -1)
-            if added is not None:
-                scores = scores + added
-            x = self.attn_drop(scores.softmax(dim=-1)) @ v
-            if return_logits:
-                logits = scores
-        else:
-            dropout = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)
-        x = x.transpose(1, 2).reshape(batch, length, self.attn_dim)
-        return self.proj_drop(self.proj(x)), logits
-
-
-class DVTBlock(_Block):
-    """timm's transformer block with both kinds of reuse.
-
-    Args:
-        context_hidden: Hidden width of f_l (eq. 4).
-        context_width: D', its output's width; 0 for no feature reuse.
-        context_norm: Whether it begins with a LayerNorm.
-        context_class_token: Whether it takes the class token too.
-        resize: Takes the exit before's tokens to this one's; None in the first exit.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        context_hidden: int = 0,
-        context_width: int = 0,
-        context_norm: bool = True,
-        context_class_token: bool = False,
-        resize: TokenResize | None = None,
-        proj_drop: float = 0.0,
-        norm_layer: Any = nn.LayerNorm,
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        kwargs = dict(proj_drop=proj_drop, norm_layer=norm_layer, attn_layer=ReuseAttention, **kwargs)
-        super().__init__(dim, num_heads, mlp_ratio, **kwargs, **dd)
-        self.resize = resize
-        self.context_class_token = context_class_token
-        self.feature_resuse_mlp = None  # so spelled in the published weights
-        if context_width:
-            self.feature_resuse_mlp = nn.Sequential(
-                norm_layer(dim, **dd) if context_norm else nn.Identity(), Mlp(dim, context_hidden, context_width, **dd)
-            )
-            self.norm2 = norm_layer(dim + context_width, **dd)
-            self.mlp = Mlp(dim + context_width, int(dim * mlp_ratio), dim, drop=proj_drop, **dd)
-
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, relation: Tensor | None = None, return_logits: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D) and, if asked for, this block's attention logits (B, H, N, N).
-
-        ``context`` (B, N_up, D) and ``relation`` (B, H, N_up, N_up) come from the exit before.
-        """
-        added: Tensor | None = None
-        if self.resize is not None and relation is not None:
-            added = self.resize.both_axes(relation)
-        attended, logits = self.attn(self.norm1(x), added, return_logits)
-        x = x + self.drop_path1(self.ls1(attended))
-        y = x
-        if self.resize is not None and self.feature_resuse_mlp is not None and context is not None:
-            if self.context_class_token:
-                embedding = self.feature_resuse_mlp(context)
-            else:  # its row is zero
-                embedding = F.pad(self.feature_resuse_mlp(context[:, 1:]), (0, 0, 1, 0))
-            y = torch.cat([x, self.resize(embedding)], dim=-1)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(y)))), logits
 
 
 class DVTStage(nn.Module):
@@ -517,10 +179,12 @@ class DVTStage(nn.Module):
         self.tokens_to_token = self.patch_embed = None
         pos_embed = torch.empty(1, 1 + grid[0] * grid[1], cfg.embed_dim, **dd)
         if cfg.tokens == "t2t":
-            self.tokens_to_token = T2TTokens(cfg, patches, in_chans, **dd)
+            self.tokens_to_token = T2TTokens(
+                patches, in_chans, cfg.embed_dim, cfg.t2t_width, cfg.t2t_features, cfg.t2t_drop_rate, **dd
+            )
             self.register_buffer("pos_embed", pos_embed)
         else:
-            self.patch_embed = PatchTokens(cfg, patches, in_chans, **dd)
+            self.patch_embed = PatchTokens(patches, in_chans, cfg.embed_dim, **dd)
             self.pos_embed = nn.Parameter(pos_embed)
         self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.embed_dim, **dd))
 
@@ -569,7 +233,7 @@ class DVTStage(nn.Module):
         if isinstance(self.pos_embed, nn.Parameter):
             trunc_normal_(self.pos_embed, std=0.02)
         else:
-            self.pos_embed.copy_(torch.from_numpy(_sinusoids(*self.pos_embed.shape[1:])))
+            self.pos_embed.copy_(torch.from_numpy(sinusoids(*self.pos_embed.shape[1:])))
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens (B, 1 + N, D), class token first, positions added."""
@@ -653,13 +317,6 @@ class DVTStage(nn.Module):
         return x if pre_logits else self.head(x)
 
 
-def _sinusoids(length: int, width: int) -> np.ndarray:
-    """(1, length, width): sine in even, cosine in odd channels j of position / 10000^(2 floor(j/2) / width)."""
-    channel = np.arange(width)
-    angle = np.arange(length)[:, None] / 10000 ** (2 * (channel // 2) / width)
-    return np.where(channel % 2 == 0, np.sin(angle), np.cos(angle))[None]
-
-
 if TYPE_CHECKING:
     _Stages = ModuleDict[DVTStage]
 else:
@@ -724,7 +381,7 @@ class DVT(MultiExit, _Stages):
         self.global_pool = _check_pool(global_pool)
 
         self._patches = [
-            (_cut(self.base_size[0], rows, cfg.tokens), _cut(self.base_size[1], columns, cfg.tokens))
+            (cut_side(self.base_size[0], rows, cfg.tokens), cut_side(self.base_size[1], columns, cfg.tokens))
             for rows, columns in map(_pair, cfg.token_grids)
         ]
         grids = self._grids(self.img_size)
