@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def test_rooms_import_only_rooms_below_them():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning, PendingDeprecationWarning])
+def test_what_a_host_deprecates_is_an_error_where_this_package_calls_it(category):
+    ours = {"__name__": "exit_plugins.timm.somewhere", "warnings": warnings, "category": category}
+    with pytest.raises(category, match="old"):
+        exec("warnings.warn('old', category)", ours)
+
+
 def test_versions_agree():
     out = subprocess.run(
         [sys.executable, "-m", "exit_plugins", "--version"], capture_output=True, text=True, check=True, env=os.environ

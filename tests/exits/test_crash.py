@@ -170,7 +170,7 @@ def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["t.npz"]
 
 
-@pytest.mark.filterwarnings("ignore:.*cut off in its header")
+@pytest.mark.filterwarnings("ignore:.*cut off in its header")  # a disk too full for it: it starts anew, and says so
 @pytest.mark.parametrize("size", [0, 100, 1500, 4000])
 def test_a_collection_on_a_full_disk_keeps_what_is_done(tmp_path, size):
     _collect(tmp_path, 0)

@@ -17,6 +17,9 @@ from exit_plugins.mmdet import DynPerceiver
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+# torch's exporters warn about themselves, and of constants in a graph that are none.
+quiet_exporters = pytest.mark.filterwarnings("ignore")
+
 SIZES = [(128, 128), (192, 256), (256, 320), (800, 1344)]
 FREE = {0: "batch", 2: "height", 3: "width"}
 
@@ -48,7 +51,7 @@ def check(session, backbone: torch.nn.Module, image: torch.Tensor) -> None:
     torch.testing.assert_close(tuple(maps), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporters: about themselves, and constants that are none
+@quiet_exporters
 @pytest.mark.parametrize("exporter", ["torchscript", "torch.export"])
 def test_one_file_for_every_image_size(exporter: str, tmp_path: Path) -> None:
     backbone = small(exporter, stages=2)
@@ -57,7 +60,7 @@ def test_one_file_for_every_image_size(exporter: str, tmp_path: Path) -> None:
         check(session, backbone, torch.randn(1, 3, height, width))
 
 
-@pytest.mark.filterwarnings("ignore")
+@quiet_exporters
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("exporter", ["torchscript", "torch.export"])
 def test_one_file_for_one_image_size(exporter: str, size: tuple[int, int], tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_one_file_for_one_image_size(exporter: str, size: tuple[int, int], tmp_p
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.filterwarnings("ignore")
+@quiet_exporters
 def test_example_exports_a_detector_that_finds_the_same_boxes(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,6 +252,11 @@ def test_a_head_of_ones_own(resnet):
     assert [logits.shape for logits in model.forward_exits(images())] == [(3, 5)] * 3
     model.reset_classifier(2)
     assert [logits.shape for logits in model.forward_exits(images())] == [(3, 2)] * 3
+    model.reset_classifier(4, "")  # timm makes a classifier of maps, which does not run
+    with pytest.raises(ValueError, match="reset_classifier"):
+        model.forward_exits(images())
+    model.reset_classifier(6, "avg")
+    assert [logits.shape for logits in model.forward_exits(images())] == [(3, 6)] * 3
 
 
 # --- tools -----------------------------------------------------------------------------------------------------------

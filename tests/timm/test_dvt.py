@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, MultiExitLoss, exit_costs, solve_thresholds
-from exit_plugins.timm import dvt
+from exit_plugins.timm import _dvt_reuse
+from exit_plugins.timm._dvt_reuse import ReuseAttention
 from exit_plugins.timm.dvt import DVT, DVTCfg, TokenResize, checkpoint_filter_fn, policies_from_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dvt" / "dvt_t2t_vit_12_live"
@@ -128,15 +129,15 @@ def test_planted_faults_break_parity(published, figures, fault, monkeypatch):
     if fault == "bilinear":
         monkeypatch.setattr(TokenResize, "forward", bilinear)
     elif fault == "class row":
-        monkeypatch.setattr(dvt.F, "pad", KeptClassRow())
+        monkeypatch.setattr(_dvt_reuse.F, "pad", KeptClassRow())
     elif fault == "unrefined logits":
-        attend = dvt.ReuseAttention.forward
+        attend = ReuseAttention.forward
 
         def unrefined(self, x, added=None, return_logits=False):
             y, logits = attend(self, x, added, return_logits)
             return y, logits if logits is None or added is None else logits - added
 
-        monkeypatch.setattr(dvt.ReuseAttention, "forward", unrefined)
+        monkeypatch.setattr(ReuseAttention, "forward", unrefined)
     state = published.begin_exits(images())
     distance = []
     for index in range(3):
@@ -296,7 +297,7 @@ def test_unfused_attention_computes_the_same(monkeypatch):
     model, x = small(), pixels()
     expected = model.forward_exits(x)
     for module in model.modules():
-        if isinstance(module, dvt.ReuseAttention):
+        if isinstance(module, ReuseAttention):
             monkeypatch.setattr(module, "fused_attn", False)
     torch.testing.assert_close(model.forward_exits(x), expected, atol=1e-4, rtol=1e-4)
 

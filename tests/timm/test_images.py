@@ -112,7 +112,7 @@ def test_cmyk_goes_through_its_profile(monkeypatch):
     assert pixels(stored(cyan, "JPEG", icc_profile=srgb))[0, 0].tolist() == [1, 2, 3] and asked == [("CMYK", "RGB")]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what is damaged in the files
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
 def test_damaged_files_are_refused_by_name(kind, tmp_path):
     rng = np.random.default_rng(0)
