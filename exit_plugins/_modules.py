@@ -2,15 +2,15 @@
 
 torch says of an entry only that it is a ``Module``, and of a Module's attributes that each is a Tensor or a Module. Who
 builds ``ModuleList(DenseLayer(...) for ...)`` from here keeps the entries' class in the checker's eyes; pickles, state
-dicts, TorchScript and ``isinstance`` see ``nn.ModuleList`` as ever. That is also why such a type stands in annotations
-inside functions only, which nobody evaluates.
+dicts, TorchScript and ``isinstance`` see ``nn.ModuleList`` as ever. ``ModuleList[DenseLayer]`` is said only where nobody
+evaluates it: in annotations inside functions, and in quotes.
 """
 
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-__all__ = ["ModuleDict", "ModuleList", "Sequential"]
+__all__ = ["ModuleDict", "ModuleList"]
 
 if TYPE_CHECKING:
     from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
@@ -40,18 +40,5 @@ if TYPE_CHECKING:
 
         def values(self) -> ValuesView[M]: ...
 
-    class Sequential(nn.Sequential, Generic[M]):
-        def __init__(self, *args: M) -> None: ...
-
-        @overload
-        def __getitem__(self, idx: slice) -> "Sequential[M]": ...
-
-        @overload
-        def __getitem__(self, idx: int) -> M: ...
-
-        def __getitem__(self, idx: int | slice) -> "M | Sequential[M]": ...
-
-        def __iter__(self) -> Iterator[M]: ...
-
 else:
-    ModuleDict, ModuleList, Sequential = nn.ModuleDict, nn.ModuleList, nn.Sequential
+    ModuleDict, ModuleList = nn.ModuleDict, nn.ModuleList
