@@ -2,8 +2,8 @@
 
 torch says of an entry only that it is a ``Module``, and of a Module's attributes that each is a Tensor or a Module. Who
 builds ``ModuleList(DenseLayer(...) for ...)`` from here keeps the entries' class in the checker's eyes; pickles, state
-dicts, TorchScript and ``isinstance`` see ``nn.ModuleList`` as ever. ``ModuleList[DenseLayer]`` is said where nobody
-evaluates it alone: in annotations inside functions, and in quotes.
+dicts, TorchScript and ``isinstance`` see ``nn.ModuleList`` as ever. It cannot be subscripted when run: name
+``ModuleList[DenseLayer]`` in annotations inside functions, which are not evaluated, and elsewhere in quotes.
 """
 
 from typing import TYPE_CHECKING
