@@ -21,7 +21,7 @@ from .card import update_card
 from .dyn_config import DynConfig
 from .dyn_training import DynTraining, exit_criterion
 from .families import Family, find_family
-from .fitting import check_backbone, check_method, last_classifier, save_classifiers
+from .fitting import check_backbone, check_dilations, check_method, last_classifier, save_classifiers
 from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, reading_folder, write_exits
 from .heads import EarlyHead, ExitHeads, widen_classifiers
 from .multi_exit import MultiExitBackbone
@@ -86,7 +86,7 @@ class DynPeftModel(DynTraining, PeftModel):
                 f"{type(model).__name__}: it failed on them by {type(error).__name__}: {error}. Some methods are for "
                 "linear layers only, or for layers that all have one shape: choose other target_modules."
             ) from error
-        self._check_called(family)
+        self._check_adapted(family)
         self.family = family
         self.dyn_config: dict[str, DynConfig] = {}
         self._exit_after: dict[str, tuple[int, ...]] = {}
@@ -147,8 +147,9 @@ class DynPeftModel(DynTraining, PeftModel):
         self._exit_after[adapter_name] = exit_after
         set_dropout(backbone, adapter_name, family.units(backbone), config.dropout_shallow, config.dropout_deep)
 
-    def _check_called(self, family: Family) -> None:
-        """ValueError if the backbone reads an adapted layer's weights and never calls it."""
+    def _check_adapted(self, family: Family) -> None:
+        """ValueError if adapters fail on a layer, or if the backbone reads its weights and never calls it."""
+        check_dilations(self.backbone)
         if not isinstance(family, TimmFamily):
             return
         try:
@@ -230,7 +231,7 @@ class DynPeftModel(DynTraining, PeftModel):
             fill_targets(peft_config, self.backbone, self.family)
         super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
-            self._check_called(self.family)
+            self._check_adapted(self.family)
         except ValueError:
             super().delete_adapter(adapter_name)
             raise

@@ -6,11 +6,11 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from ._host import AuxiliaryTrainingWrapper, HostModel, method_of
+from ._host import AuxiliaryTrainingWrapper, BaseTunerLayer, HostModel, method_of
 from .dyn_config import DynConfig
 from .family import Family
 
-__all__ = ["check_backbone", "check_method", "last_classifier", "save_classifiers"]
+__all__ = ["check_backbone", "check_dilations", "check_method", "last_classifier", "save_classifiers"]
 
 # PEFT methods that are registered as the others are and cannot adapt an image classifier, and why.
 _UNFIT = {
@@ -69,6 +69,21 @@ def check_backbone(model: HostModel, family: Family, config: DynConfig) -> tuple
     exit_after = config.exit_after(family, len(family.units(model)))
     config.hidden_widths(len(exit_after))
     return exit_after
+
+
+def check_dilations(model: HostModel) -> None:
+    """ValueError if a method's part of an adapted convolution lacks its dilation, as PEFT builds LoRA's."""
+    for name, layer in model.named_modules():
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+        if not isinstance(base, nn.Conv2d) or base.kernel_size == (1, 1):
+            continue
+        for part in layer.modules():
+            alike = isinstance(part, nn.Conv2d) and part.kernel_size == base.kernel_size
+            if alike and part.dilation != base.dilation:
+                raise ValueError(
+                    f"the adapter of {name} cannot run: PEFT builds it without the dilation {base.dilation} of that "
+                    "convolution. Leave it out of target_modules, or name it in exclude_modules."
+                )
 
 
 def save_classifiers(config: Any, model: HostModel, names: list[str]) -> None:

@@ -72,13 +72,11 @@ class TimmFamily(Family):
             raise ValueError(f"{type(net).__name__} has exits of its own; adapt the network it is built over.")
         self.prepare(model)
         self.input_size = input_size(net)
-        cuts = find_cuts(net, self.input_size)
+        cuts = find_cuts(net, self.input_size, at_least=2)
         info = {entry["module"]: entry for entry in _feature_info(net) if "module" in entry}
         stages = [c for c in cuts if c.name in info and not _is_stem(c.name, net.get_submodule(c.name))]
         if len(stages) < 2:
             stages, info = cuts, {}
-        if len(stages) < 2:
-            raise ValueError(f"{type(net).__name__} has fewer than two places for exits.")
         names = [cut.name for cut in stages]
         even = len({entry.get("reduction") for name, entry in info.items() if name in names}) <= 1
         self.unit, self.interval = ("block", None) if even else ("stage", 1)
@@ -190,9 +188,11 @@ def _layers(inside: dict[str, nn.Module], method: str) -> list[str]:
     if attention or mlp:
         return [*attention, *(mlp if method == "REPADAPTER" or not attention else [])]
     convolutions = {n: m for n, m in inside.items() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    # PEFT's LoRA leaves a dilation out of its own part.
+    undilated = [name for name, module in convolutions.items() if module.dilation == (1, 1)]
     pointwise = [name for name, module in convolutions.items() if module.kernel_size == (1, 1)]
     in_branches = [name for name in pointwise if not {"downsample", "shortcut"} & set(name.split("."))]
-    spatial_too = [] if method in ("REPADAPTER", "BOTTLENECK") else list(convolutions)
+    spatial_too = [] if method in ("REPADAPTER", "BOTTLENECK") else undilated
     return in_branches or spatial_too or pointwise or list(linear)
 
 

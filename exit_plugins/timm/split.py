@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 
-def find_cuts(model: nn.Module, input_size: Sequence[int] | None = None, also: Sequence[str] = ()) -> list[Cut]:
+def find_cuts(
+    model: nn.Module, input_size: Sequence[int] | None = None, also: Sequence[str] = (), at_least: int = 0
+) -> list[Cut]:
     """Where a network can be cut with nothing else passing on than what one of its stages or blocks returned.
 
     These are the modules that timm's ``feature_info`` names, and behind the first of them the blocks of the model:
@@ -39,14 +41,15 @@ def find_cuts(model: nn.Module, input_size: Sequence[int] | None = None, also: S
         model: A timm classification model.
         input_size: (channels, height, width); the default is the model's own.
         also: Names of modules to cut behind in any case.
+        at_least: How many cuts are needed.
 
     Returns:
         The cuts, shallow to deep.
 
     Raises:
-        ValueError: The network cannot be traced.
+        ValueError: The network cannot be traced, or has fewer cuts than that; the message says why.
     """
-    return _find_cuts(model, input_size, also)[0]
+    return _find_cuts(model, input_size, also, at_least)[0]
 
 
 def place_cuts(model: nn.Module, count: int, input_size: Sequence[int] | None = None) -> list[Cut]:
@@ -55,13 +58,7 @@ def place_cuts(model: nn.Module, count: int, input_size: Sequence[int] | None = 
     Raises:
         ValueError: The network has fewer, or cannot be traced.
     """
-    cuts, total, failures = _find_cuts(model, input_size, ())
-    if count > len(cuts):
-        reasons = "".join(f" At {name}: {error}." for name, error in list(failures.items())[:1])
-        raise ValueError(
-            f"{type(model).__name__} has {len(cuts)} places for early exits "
-            f"({', '.join(cut.name for cut in cuts) or 'none'}), and {count} were asked for.{reasons}"
-        )
+    cuts, total = _find_cuts(model, input_size, (), count)
     macs = {-1: 0.0} | {index: cut.macs for index, cut in enumerate(cuts)}
     # With the last of the cuts chosen so far at a key: the least sum of squares, and which were chosen.
     best: dict[int, tuple[float, tuple[int, ...]]] = {-1: (0.0, ())}
@@ -79,9 +76,9 @@ def place_cuts(model: nn.Module, count: int, input_size: Sequence[int] | None = 
 
 
 def _find_cuts(
-    model: nn.Module, input_size: Sequence[int] | None, also: Sequence[str]
-) -> tuple[list[Cut], float, dict[str, Exception]]:
-    """The cuts, the MACs of the whole network, and why there are none in what cannot be traced or cut."""
+    model: nn.Module, input_size: Sequence[int] | None, also: Sequence[str], at_least: int
+) -> tuple[list[Cut], float]:
+    """The cuts, and the MACs of the whole network; ValueError if they are fewer than ``at_least``, and why."""
     shadow = traceable_copy(model).eval()
     input_size = input_size or get_model_input_config(model)["input_size"]
     analysis = analyse(shadow, input_size, lambda name, module: not is_layer(module))
@@ -118,7 +115,13 @@ def _find_cuts(
     total = analysis.total_macs
     first = min((end for end, cut in found.items() if cut.name in stages), default=0)
     cuts = [cut for end, cut in sorted(found.items()) if cut.name in also or (end >= first and cut.macs < total)]
-    return cuts, total, failures
+    if at_least > len(cuts):
+        reasons = "".join(f" At {name}: {error}." for name, error in list(failures.items())[:1])
+        raise ValueError(
+            f"{type(model).__name__} has {len(cuts)} place{'' if len(cuts) == 1 else 's'} for early exits "
+            f"({', '.join(cut.name for cut in cuts) or 'none'}), and {at_least} were asked for.{reasons}"
+        )
+    return cuts, total
 
 
 class Split:

@@ -92,6 +92,21 @@ def test_frozen_batch_norms_stay_as_in_evaluation_and_trained_ones_do_not():
     assert not any(module.training for module in model.eval().modules())
 
 
+def test_dilated_convolutions_are_left_out_and_refused():
+    """PEFT builds LoRA's convolutions without dilation, and they fail when they run."""
+    small = dict(layers=(1, 1, 1, 1), channels=(16, 16, 16, 16))
+    adapted = {n for n, m in any_adapted.adapt("skresnet18", **small).backbone.named_modules() if hasattr(m, "lora_A")}
+    assert "layer1.0.conv1.paths.0.conv" in adapted and "layer1.0.conv1.paths.1.conv" not in adapted
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv1\.paths\.1\.conv cannot run: .* dilation \(2, 2\)"):
+        any_adapted.adapt("skresnet18", LoraConfig(target_modules=["paths.0.conv", "paths.1.conv"]), **small)
+    any_adapted.adapt("skresnet18", peft.LoKrConfig(target_modules=["paths.1.conv"]), **small)  # which has it
+
+
+def test_a_network_that_cannot_be_cut_says_why():
+    with pytest.raises(ValueError, match=r"TNT has 0 places .* what blocks\.0 returns has not the samples first"):
+        any_adapted.adapt("tnt_s_legacy_patch16_224", depth=2)
+
+
 def test_an_adapter_that_nothing_calls_is_refused(monkeypatch):
     monkeypatch.setattr(timm_family.TimmFamily, "prepare", lambda self, model: None)
     kwargs, _, _ = NETWORKS["beit_base_patch16_224"]
