@@ -12,13 +12,14 @@ ONLY ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all demo test test-fast test-hosts experiments experiments-small fuzz lint clean test-lowest docs
+.PHONY: help install install-all demo test test-fast test-hosts bench-check bench-keep experiments experiments-small fuzz lint clean test-lowest docs
 
 help:
 	@echo "make demo        install what it needs, train a small early-exit model, draw its budget curve (DATA=folder for your images)"
 	@echo "make test        install everything, run the tests and the linters"
 	@echo "make test-fast   the tests that take no compiling, no other process and no long time"
 	@echo "make test-hosts  run the hosts' own test files over every model of this package"
+	@echo "make bench-check  measure the benchmarks' ratios again and say which got worse than kept (bench-keep keeps them)"
 	@echo "make experiments run what is missing of docs/results.md, going on where it stopped (EXPERIMENTS_DATA=folder ONLY=name)"
 	@echo "make fuzz        damage thousands of files of every kind, kill every writer at thirty points (long)"
 	@echo "make test-lowest  the tests on the lowest versions declared (an environment of its own: .venv-lowest)"
@@ -71,6 +72,18 @@ test-fast: $(VENV)/.installed-fast
 
 test-hosts: install-all .hosts/.fetched
 	$(BIN)/python tests/hosts/run.py --all
+
+# Ratios measured on one thread of a quiet machine, in RATIOS; those of another machine are not compared.
+RATIOS := docs/results/ratios
+BENCHMARKS := forward adaptive
+bench-check bench-keep: install-all
+	mkdir -p runs/benchmarks $(RATIOS)
+	for name in $(BENCHMARKS); do \
+		$(BIN)/python examples/benchmarks/$$name.py --threads 1 --mode fused onnx --batch 1 8 \
+			--json runs/benchmarks/$$name.json || exit 1; \
+	done
+	$(if $(findstring keep,$@),cp $(BENCHMARKS:%=runs/benchmarks/%.json) $(RATIOS),$(BIN)/python \
+		examples/benchmarks/bench_check.py $(foreach name,$(BENCHMARKS),$(RATIOS)/$(name).json runs/benchmarks/$(name).json))
 
 # JOBS runs side by side, one thread each; the small form trains on a hundredth of the data, to see that all of it runs.
 experiments experiments-small: install-all
