@@ -3,7 +3,8 @@
     python examples/pretrained_exits.py --train photos/train --test photos/test     # one folder a class
 
 The network stays as it is; only linear heads are trained, on features taken once. ``--model`` takes any timm network;
-those of ``exit_plugins.timm.weights`` need no model hub: pip install -e ".[examples]".
+those of ``exit_plugins.timm.weights`` need no model hub: pip install -e ".[examples]". ``--save`` keeps all of it in a
+folder for ``exit-plugins predict PHOTO --model local-dir:FOLDER --policy FOLDER/policy.json``.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from exit_plugins import AdaptiveModel, ExitTable, collect_exits, exit_costs, solve_thresholds
+from exit_plugins.timm import save_for_hf
 from exit_plugins.timm.weights import PACKAGES, packaged_weights
 
 
@@ -55,14 +57,16 @@ def main() -> None:
     parser.add_argument("--exits", default="5", help="how many, or modules with commas: blocks.4,blocks.5")
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--save", type=Path, help="folder for the model, its class names and the last budget's policy")
     args = parser.parse_args()
 
     torch.manual_seed(0)  # of the heads' first weights
     exits = int(args.exits) if args.exits.isdigit() else args.exits
-    weights = packaged_weights(args.model) if args.model in PACKAGES else None
-    options = dict(backbone=args.model, exits=exits, train="heads", pretrained=True, pretrained_cfg_overlay=weights)
+    overlay = packaged_weights(args.model) if args.model in PACKAGES else {}
+    overlay |= {"input_size": (3, args.image_size, args.image_size), "crop_pct": 1.0}
+    options = dict(backbone=args.model, exits=exits, train="heads", pretrained=True, pretrained_cfg_overlay=overlay)
     model = timm.create_model("with_exits", num_classes=0, **options).eval()
-    config = resolve_data_config({"img_size": args.image_size, "crop_pct": 1.0}, model=model)
+    config = resolve_data_config({}, model=model)
     train, test = (DataLoader(ImageFolder(f, create_transform(**config)), 32) for f in (args.train, args.test))
     features = copy.deepcopy(model)  # without classes its exits answer with what their classifiers will read
     model.reset_classifier(len(train.dataset.classes))
@@ -75,7 +79,8 @@ def main() -> None:
     report["exits"] = [{"at": name, "macs": cost, "accuracy": float(right)} for name, cost, right in exits]
     report["adaptive"] = []
     for budget in (share * macs[-1] for share in (0.7, 0.8, 0.9)):
-        adaptive = AdaptiveModel(model, solve_thresholds(calibration, macs, budget=budget, model=model))
+        policy = solve_thresholds(calibration, macs, budget=budget, model=model)
+        adaptive = AdaptiveModel(model, policy)
         runs = [(adaptive(images), target) for images, target in test]  # every image leaves where it is sure enough
         right = torch.cat([out.logits.argmax(1) == target for out, target in runs]).float().mean()
         spent = macs[torch.cat([out.exit_index for out, _ in runs])].mean()
@@ -85,6 +90,9 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.save:
+        accuracies = (100 * table.correct.mean(1)).tolist()
+        save_for_hf(model, args.save, accuracies, classes=train.dataset.classes, policy=policy)
 
 
 if __name__ == "__main__":

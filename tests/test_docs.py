@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from exit_plugins.timm import list_shipped
+
 ROOT = Path(__file__).resolve().parents[1]
 
 IMPORTS = "import timm, torch, exit_plugins\n"
@@ -111,9 +113,11 @@ def test_the_table_of_models_is_the_one_that_is_counted():
 
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from model_table import row
+        from model_table import row, shipped_row
     finally:
         sys.path.pop(0)
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     for name in ("msdnet_cifar_batch", "dynperceiver_mobilenetv3_0_75x"):
         assert row(name) in text
+    for name in list_shipped():
+        assert shipped_row(name) in text

@@ -21,6 +21,7 @@ from ..exits.protocol import AnyModel, MultiExitModule, check_multi_exit
 from ..exits.reading import reading
 from ..exits.schema import plain
 from ..exits.table import ExitTable
+from ..timm import list_shipped, shipped_card
 from ..timm.data import ImageView, class_names, open_dataset
 from ..timm.images import input_config
 
@@ -187,7 +188,11 @@ def _argument_facts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _card_facts(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
-    """timm's config.json beside the weights, as ``exit_plugins.timm.save_for_hf`` writes it."""
+    """A shipped network's card, or timm's config.json beside the weights, as ``timm.save_for_hf`` of ours writes it."""
+    if args.pretrained and not args.checkpoint and args.num_classes is None and timm.is_model(args.model or ""):
+        config = timm.get_pretrained_cfg(args.model)
+        shipped = f"{config.architecture}.{config.tag}" if config else ""
+        return [(f"the card of {shipped}", shipped_card(shipped))] if shipped in list_shipped() else []
     if args.checkpoint:
         path = Path(args.checkpoint).parent / "config.json"
     elif (args.model or "").startswith("local-dir:"):

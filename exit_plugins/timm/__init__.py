@@ -15,7 +15,7 @@ if [int(part) for part in re.findall(r"\d+", timm.__version__)[:3]] < [1, 0, 31]
 
 from ._cards import load_from_hf, model_card, save_for_hf
 from ._host import registered_modules
-from ._shipped import list_shipped, shipped_policy
+from ._shipped import list_shipped, shipped_card, shipped_policy
 
 __all__ = [
     "ARCHITECTURES",
@@ -24,6 +24,7 @@ __all__ = [
     "load_from_hf",
     "model_card",
     "save_for_hf",
+    "shipped_card",
     "shipped_policy",
 ]
 

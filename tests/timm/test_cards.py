@@ -91,7 +91,7 @@ def test_the_command_line_takes_classes_and_channels_from_the_card(model, policy
 def test_a_policy_says_how_its_model_was_built(name, options, said, tmp_path):
     model = timm.create_model(name, num_classes=3, **options).eval()
     described = describe_model(model)
-    assert said.items() <= described["model_kwargs"].items()
+    assert described["architecture"] == name and said.items() <= described["model_kwargs"].items()
     policy = ExitPolicy([0.9] * model.num_exits, model={**described, "weights": weights_digest(model)})
     policy.save(tmp_path / "p.json")
     kwargs = ExitPolicy.load(tmp_path / "p.json").model["model_kwargs"]
