@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 try:
     import tomllib
@@ -10,10 +11,15 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 
+def project() -> dict[str, Any]:
+    """The table of pyproject.toml."""
+    return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def lowest(extras: list[str]) -> list[str]:
     """``name==version`` where a lowest version is declared, else the name."""
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    declared = project()
+    wanted = [*declared["dependencies"], *(x for extra in extras for x in declared["optional-dependencies"][extra])]
     found = []
     for line in wanted:
         name, version = re.match(r"([A-Za-z0-9._\[\]-]+)(?:>=([0-9.]+))?", line).groups()
