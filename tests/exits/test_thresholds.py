@@ -20,6 +20,8 @@ from exit_plugins.exits.thresholds import (
     policy_path,
     sweep_shares,
 )
+from exit_plugins.exits.thresholds.pairs import refine
+from exit_plugins.exits.thresholds.split import Split, Target
 
 GOLDEN = Path(__file__).parent.parent / "golden/thresholds/msdnet_solver.npz"
 
@@ -175,6 +177,46 @@ def test_lagrangian_is_within_a_third_of_a_point_of_the_optimum_for_three_exits(
             assert found <= best
             gaps.append(best - found)
     assert 100 * np.mean(gaps) <= 0.3
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_default_is_the_optimum_of_small_tables_of_three_exits(seed):
+    table, costs = realistic_table(3, 60, seed), costs_of(3)
+    outcomes = every_outcome_of_three(table, costs)
+    for share in (0.1, 0.35, 0.6):
+        budget = costs[0] + share * (costs[-1] - costs[0])
+        best = max(accuracy for accuracy, cost in outcomes if cost <= budget)
+        assert solve_thresholds(table, costs, budget=budget).source["accuracy"] == pytest.approx(best)
+    wanted = 0.9 * table.correct[-1].mean()
+    cheapest = min(cost for accuracy, cost in outcomes if accuracy >= wanted)
+    assert solve_thresholds(table, costs, accuracy=wanted).source["cost"] == pytest.approx(cheapest)
+
+
+def every_outcome_of_three(table: ExitTable, costs: np.ndarray) -> list[tuple[float, float]]:
+    """(accuracy, cost) of every pair of thresholds that can differ."""
+    first, second = (np.append(np.unique(row), np.inf) for row in table.confidence[:2])
+    at_first = table.confidence[0] >= first[:, None, None]
+    at_second = table.confidence[1] >= second[:, None]
+    exits = np.where(at_first, 0, np.where(at_second, 1, 2))
+    accuracy = table.correct[exits, np.arange(table.num_samples)].mean(-1)
+    return list(zip(accuracy.ravel(), costs[exits].mean(-1).ravel(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_lead_from_anywhere_to_what_no_pair_improves(seed):
+    table, costs = realistic_table(4, 25, seed), costs_of(4)
+    split = Split.of(table, costs)
+    target = Target(budget=costs[0] + 0.4 * (costs[-1] - costs[0]))
+    point = refine(split, split.point(split.everybody_first()), target)
+    accuracy, cost, _ = naive_run(table, point.thresholds, costs)
+    assert accuracy * 25 == pytest.approx(point.correct) and cost == pytest.approx(point.cost) and cost <= target.budget
+    grids = [np.append(np.unique(row), np.inf) for row in table.confidence[:3]]
+    for pair in itertools.combinations(range(3), 2):
+        for values in itertools.product(*(grids[k] for k in pair)):
+            thresholds = point.thresholds.copy()
+            thresholds[list(pair)] = values
+            other = split.point(thresholds)
+            assert not target.met(other.correct, other.cost) or target.score(other) <= target.score(point)
 
 
 # What holds for every method

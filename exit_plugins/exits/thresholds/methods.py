@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .msdnet import closed_as_inf, rule, sweep_shares
+from .pairs import refine
 from .split import Point, Split, Target, exit_shares
 
 __all__ = ["METHODS"]
@@ -19,6 +20,8 @@ __all__ = ["METHODS"]
 # starts from bad ones; only as many of the best as follow are polished on all samples.
 _EXPLORED = 4000
 _POLISHED = 4
+# Samples times pairs of exits up to which pairs are searched on all samples: a second or two.
+_REFINED = 2_000_000
 # What the whole range of costs is worth, in correct answers a sample: at the lowest price accuracy alone counts, at the
 # highest cost alone. Bisected in the logarithm: 9 halvings of seven decades leave 3 %, 5 of a factor of 16 leave 9 %.
 _PRICES = (1e-4, 1e3)
@@ -152,7 +155,7 @@ def _solve_exact(split: Split, target: Target) -> list[Point]:
 
 
 def _solve_lagrangian(split: Split, target: Target, seed: int = 0) -> list[Point]:
-    """Coordinate ascent of the Lagrangian from many starts, then the rest of the budget spent by line searches.
+    """Coordinate ascent of the Lagrangian from many starts, the rest of the budget spent by line searches, then pairs.
 
     All starts are tried on some thousands of the samples at most, drawn by ``seed``; the best are polished on all.
     """
@@ -175,7 +178,8 @@ def _solve_lagrangian(split: Split, target: Target, seed: int = 0) -> list[Point
     feasible = [f for f in found if small_target.met(f[0].correct, f[0].cost)]
     ranked = sorted(feasible or found, key=lambda f: small_target.score(f[0]), reverse=True)
     if explored is split:
-        return [f[0] for f in ranked] + points
+        refined = [refine(split, point, target) for point in _distinct([f[0] for f in ranked])[:_POLISHED]]
+        return [*refined, *(f[0] for f in ranked), *points]
     seen: set[tuple[float, ...]] = set()
     for point, price in ranked:
         key = tuple(np.round(exit_shares(explored, point.thresholds), 2))
@@ -189,7 +193,16 @@ def _solve_lagrangian(split: Split, target: Target, seed: int = 0) -> list[Point
             points.append(split.improve(polished, target))
         if len(seen) == _POLISHED:
             break
+    best = target.best(points)
+    pairs = split.num_exits * (split.num_exits - 1) // 2
+    if best is not None and split.num_samples * pairs <= _REFINED:
+        points.append(refine(split, best, target))
     return points
+
+
+def _distinct(points: list[Point]) -> list[Point]:
+    """Of points in order the first of each outcome."""
+    return list({(point.correct, point.cost): point for point in reversed(points)}.values())[::-1]
 
 
 def _bisect_price(
