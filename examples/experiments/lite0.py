@@ -45,6 +45,7 @@ OPTIONS = {
     "weight-decay": 0.05,
     "smoothing": 0.1,
 }
+LATENTS_RATE = 1e-3  # Dyn-Perceiver trains its latents from nothing: of 1e-3 and 3e-3 the better for it
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Field:
             model: str, size: int, analyses: dict, backbone: str = NETWORK, weights=None, **kwargs
         ) -> Training:
             own = {**options, "input-size": size, **({"exit-weights": weights} if weights else {})}
+            if model == "dynperceiver":
+                own["lr"] = LATENTS_RATE
             return Training(model, own, {"backbone": backbone, **kwargs}, self.data, backbone, analyses)
 
         plain = partial(training, "with_exits", analyses={}, exits=1)
