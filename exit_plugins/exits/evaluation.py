@@ -182,6 +182,8 @@ def evaluate_policy(
     ValueError if the table's confidences are not those the policy's thresholds are for.
     """
     check_not_empty(table)
+    if not isinstance(policy, ExitPolicy):
+        raise TypeError(f"expected an ExitPolicy, got {type(policy).__name__}.")
     check_same_confidence(policy, table)
     if costs is None:
         costs = policy.costs

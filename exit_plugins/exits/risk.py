@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .policy import ExitPolicy, check_same_confidence
 from .samples import SampleRecord
-from .table import ExitTable
+from .table import ExitTable, check_not_empty
 
 __all__ = ["LOSSES", "RISK_METHODS", "certified_step", "certify", "path_losses", "samples_needed", "wsr_bound"]
 
@@ -50,6 +50,7 @@ def path_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str = "disag
     """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}.")
+    check_not_empty(table, "nothing can be certified on it")
     if len(path) == 0:
         raise ValueError("a path needs at least one policy.")
     for policy in path:
@@ -195,12 +196,11 @@ def certify(
     Raises:
         ValueError: the path's last policy lets samples leave early, or it was solved on samples of ``table``.
     """
+    check_not_empty(table, "nothing can be certified on it")
     if len(path) == 0:
         raise ValueError("a path needs at least one policy.")
     if (path[-1].thresholds[:-1] != np.inf).any():
         raise ValueError("the path must end with the policy under which nobody leaves early; use policy_path(...).")
-    if table.num_samples == 0:
-        raise ValueError("the table holds no samples; nothing can be certified on it.")
     digest = table.digest()
     if any(policy.source.get("sha256") == digest for policy in path):
         raise ValueError("the path was solved on these very samples; certify on a split apart, see ExitTable.split.")

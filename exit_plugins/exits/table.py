@@ -245,10 +245,12 @@ class ExitTable:
             )
 
 
-def check_not_empty(table: ExitTable) -> None:
-    """ValueError for a table of no samples."""
+def check_not_empty(table: ExitTable, otherwise: str = "there is nothing to evaluate") -> None:
+    """TypeError for what is no table, ValueError for one of no samples."""
+    if not isinstance(table, ExitTable):
+        raise TypeError(f"expected an ExitTable, as collect_exits makes it, got {type(table).__name__}.")
     if table.num_samples == 0:
-        raise ValueError("the table holds no samples; there is nothing to evaluate.")
+        raise ValueError(f"the table holds no samples; {otherwise}.")
 
 
 def _members_digest(members: Mapping[str, NDArray[Any]]) -> str:

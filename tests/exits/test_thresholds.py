@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_models import ConvExits
 from small_tables import awkward_tables, costs_of, naive_run, realistic_table
 
-from exit_plugins import ExitTable, solve_thresholds
+from exit_plugins import ExitPolicy, ExitTable, certify, evaluate_policy, solve_thresholds
 from exit_plugins.exits.thresholds import (
     METHODS,
     msdnet_shares,
@@ -314,6 +314,18 @@ def test_empty_split_is_refused():
     empty = ExitTable(np.zeros((3, 0)), np.zeros((3, 0)), np.zeros(0))
     with pytest.raises(ValueError, match="holds no samples"):
         solve_thresholds(empty, costs_of(3), budget=3.0)
+
+
+def test_a_policy_in_the_table_s_place_is_named():
+    policy, table = ExitPolicy([0.5, 0.5, -np.inf]), realistic_table(3, 20)
+    for call in (
+        lambda: evaluate_policy(table, policy),
+        lambda: solve_thresholds(policy, costs_of(3), budget=2.0),
+        lambda: policy_path(policy, costs_of(3)),
+        lambda: certify([policy], policy, 0.1, 0.1),
+    ):
+        with pytest.raises(TypeError, match="expected an ExitTable, as collect_exits makes it, got ExitPolicy"):
+            call()
 
 
 def test_exact_refuses_more_than_three_exits():

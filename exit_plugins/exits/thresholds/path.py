@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ..costs import check_costs
 from ..policy import ExitPolicy
 from ..protocol import AnyModel
-from ..table import ExitTable
+from ..table import ExitTable, check_not_empty
 from .solve import PolicyMaker, solve_thresholds
 from .split import Split
 
@@ -35,11 +35,10 @@ def policy_path(
     Raises:
         ValueError: fewer than two steps, or a table without samples.
     """
+    check_not_empty(table, "a path is solved on a labelled calibration split")
     costs = check_costs(costs, table.num_exits)
     if steps < 2:
         raise ValueError(f"a path has at least two policies, got steps={steps}.")
-    if table.num_samples == 0:
-        raise ValueError("the table holds no samples; a path is solved on a labelled calibration split.")
     split = Split.of(table, costs)
     lowest = split.everybody_first()
     least = split.point(lowest).cost

@@ -12,7 +12,7 @@ from ..digests import describe_model
 from ..policy import ExitPolicy, check_same_model
 from ..protocol import AnyModel
 from ..samples import SampleRecord
-from ..table import ExitTable
+from ..table import ExitTable, check_not_empty
 from .methods import METHODS
 from .split import Point, Split, Target, exit_shares
 
@@ -60,13 +60,12 @@ def solve_thresholds(
     Raises:
         ValueError: an empty table, an unknown method, or a target out of reach; the message names the nearest one.
     """
+    check_not_empty(table, "thresholds are solved on a labelled calibration split")
     costs = check_costs(costs, table.num_exits)
     if (budget is None) == (accuracy is None):
         raise ValueError("give either budget= or accuracy=, and not both.")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    if table.num_samples == 0:
-        raise ValueError("the table holds no samples; thresholds are solved on a labelled calibration split.")
     split = Split.of(table, costs)
     target = _target(split, budget, accuracy)
     options = _options_in_use(method, options)
