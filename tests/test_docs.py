@@ -71,6 +71,7 @@ def test_no_page_is_left_out():
     assert {page for page in pages if code_of(page)} == set(PAGES) | elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_runs(page, tmp_path, monkeypatch, capsys):
     if page in NEEDS:

@@ -55,6 +55,7 @@ def test_what_a_host_deprecates_is_an_error_where_this_package_calls_it(category
         exec("warnings.warn('old', category)", ours)
 
 
+@pytest.mark.slow
 def test_versions_agree():
     out = subprocess.run(
         [sys.executable, "-m", "exit_plugins", "--version"], capture_output=True, text=True, check=True, env=os.environ

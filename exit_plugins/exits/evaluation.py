@@ -179,7 +179,7 @@ def evaluate_policy(
 ) -> PolicyResult:
     """What ``policy`` gets and spends on ``table``; ``costs`` (K,) default to those the policy was solved for.
 
-    ValueError if the table's confidences are not those the policy's thresholds are for.
+    ValueError if the table's confidences are not those the policy's thresholds are for, TypeError if it is no policy.
     """
     check_not_empty(table)
     if not isinstance(policy, ExitPolicy):

@@ -63,6 +63,7 @@ def test_every_command_has_help_with_an_example(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_module_and_command_are_the_same():
     script = shutil.which("exit-plugins", path=str(__import__("pathlib").Path(sys.executable).parent))
     for words in ([sys.executable, "-m", "exit_plugins"], *([[script]] if script else [])):
@@ -297,6 +298,7 @@ def test_train_hands_over_to_timm(capsys):
     assert "no_such_train.py" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_two_processes_print_once_and_the_same(folder, tmp_path):
     pytest.importorskip("torch.distributed.run")

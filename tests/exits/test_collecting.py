@@ -326,6 +326,7 @@ def _collect_in_process(rank: int, world: int, folder: str, shuffle: bool) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_get_the_numbers_of_one(tmp_path):
     mp.spawn(_collect_in_process, (2, str(tmp_path), False), nprocs=2)
     whole = collect_exits(make_model(), DataLoader(make_data(), 8), keep_logits=True)

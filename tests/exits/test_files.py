@@ -214,6 +214,7 @@ print(calls)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize("exchange", ["1", "0"], ids=["exchange", "two renames"])
 def test_killed_at_any_line_the_folder_is_the_old_or_the_new_one(old, exchange):

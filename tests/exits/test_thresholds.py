@@ -64,6 +64,7 @@ def test_own_shares_lead_to_the_same_thresholds(golden):
     np.testing.assert_array_equal(np.stack([msdnet_thresholds(table, row) for row in shares]), golden["T"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="asks MKL for results that are alike everywhere")
 @pytest.mark.slow
 def test_shares_equal_the_released_ones_bit_for_bit_in_mkl_compatible_arithmetic(golden):

@@ -70,6 +70,7 @@ torch.save([exits, list(merged)], {out!r})
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_saved_and_loaded_in_a_fresh_process(tmp_path):
     dyn = make()
     before = digest(dyn.backbone)
@@ -239,6 +240,7 @@ def test_loss_is_the_weighted_sum():
     assert "exit_weights" not in dyn.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -208,6 +208,7 @@ def test_heads_of_the_paper():
     assert DynConfig(head_widths=(0, 0, 64)).hidden_widths(4) == [0, 0, 64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "hf_vit", "swin"])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "bottleneck", "ia3", "oft", "lokr"])
 def test_any_peft_method(name, method, images, tmp_path):

@@ -60,6 +60,7 @@ def test_a_policy_for_other_weights_does_not_travel_along(model, policy, tmp_pat
     assert isinstance(load_from_hf(f"local-dir:{tmp_path}")[1], ExitPolicy)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_classes_and_channels_from_the_card(model, policy, tmp_path, capsys):
     folder, data = tmp_path / "saved", tmp_path / "data" / "test" / "cow"
     save_for_hf(model, folder, policy=replace(policy, source={}), classes=("ant", "bee", "cow"))
@@ -78,6 +79,7 @@ def test_the_command_line_takes_classes_and_channels_from_the_card(model, policy
     assert {row["label"] for row in json.loads(capsys.readouterr().out)} <= {"ant", "bee", "cow"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options, said",
     [

@@ -373,6 +373,7 @@ def test_fused_model_computes_the_same(name, size):
     torch.testing.assert_close(model(images), expected[-1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fused_model_in_single_precision_and_other_forms():
     model = with_statistics(timm.create_model("dynperceiver_test"))
