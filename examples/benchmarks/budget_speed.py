@@ -1,7 +1,7 @@
 """Accuracy, MACs and images/s of a shipped network at budgets, beside the same network without its exits.
 
     python examples/benchmarks/budget_speed.py with_exits_tf_efficientnet_lite0.caltech101 --data caltech101 \\
-        --threads 1 --batch 1 32 --json docs/results/pretrained/lite0_speed.json
+        --threads 1 --batch 1 32 --json speed.json
 
 Thresholds are solved on one half of the test images; accuracy, cost and time are of the other half, all budgets and
 the network that nobody leaves interleaved. Reading and scaling of the images are left out.

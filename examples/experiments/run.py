@@ -41,6 +41,7 @@ EXPERIMENTS = (
     "bccd",
     "vit",
     "adapters",
+    "frozen",  # best alone on the machine, as is
     "clock",  # of networks trained before, and best alone on the machine
 )
 
