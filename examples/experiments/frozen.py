@@ -47,10 +47,14 @@ def section(results: list[Result], pictures: Path) -> str:
     kept = highest["accuracy"] - whole["accuracy"]
     shown = kept >= -0.01 and min(gains) > 1
     header = ["", "accuracy (%)", "MACs (M)", *(f"images/s, batch {batch}" for batch in BATCHES)]
-    return table(header, cells) + "\n" + verdict(
-        True if shown else False if max(gains) < 1 else None,
-        f"At nine tenths of the MACs the network is {percent(kept, sign=True)} points from itself without exits, at "
-        f"{gains[0]:.2f}x its images/s one at a time and {gains[1]:.2f}x in batches of {BATCHES[1]}.",
+    return (
+        table(header, cells)
+        + "\n"
+        + verdict(
+            True if shown else False if max(gains) < 1 else None,
+            f"At nine tenths of the MACs the network is {percent(kept, sign=True)} points from itself without exits, at "
+            f"{gains[0]:.2f}x its images/s one at a time and {gains[1]:.2f}x in batches of {BATCHES[1]}.",
+        )
     )
 
 
