@@ -52,8 +52,8 @@ def section(results: list[Result], pictures: Path) -> str:
         + "\n"
         + verdict(
             True if shown else False if max(gains) < 1 else None,
-            f"At nine tenths of the MACs the network is {percent(kept, sign=True)} points from itself without exits, at "
-            f"{gains[0]:.2f}x its images/s one at a time and {gains[1]:.2f}x in batches of {BATCHES[1]}.",
+            f"At nine tenths of the MACs the network is {percent(kept, sign=True)} points from itself without exits, "
+            f"at {gains[0]:.2f}x its images/s one at a time and {gains[1]:.2f}x in batches of {BATCHES[1]}.",
         )
     )
 
