@@ -1,6 +1,6 @@
 """What Ray adds to examples/batch_inference_ray.py: start-up, and the time between the blocks.
 
-    python examples/benchmarks/ray_overhead.py --images 200000 --workers 2 --json ray.json
+    python examples/benchmarks/ray_overhead.py --images 400000 --workers 2 --json ray.json
 
 Give so many images that start-up is below 5 % of the run; what it was is printed.
 """
@@ -19,7 +19,7 @@ import ray
 from batch_inference_ray import answered_by_actors
 from serve_load import pictures
 
-EXAMPLES = sys.path[0]
+EXAMPLES = str(Path(__file__).resolve().parents[1])
 
 
 def measure(source: str, images: int, workers: int, block_size: int, batch_size: int) -> dict:

@@ -34,7 +34,7 @@ from exit_plugins.exits.export import ExportedAdaptiveModel, export_segments
 FIELDS = {field.data: field for field in (lite0.FIELD, lite0_cifar.FIELD)}
 ENGINES = {"torch": "PyTorch", "openvino": "OpenVINO"}
 BATCHES = (1, 32)
-IMAGES = 96
+IMAGES = 64
 ROUNDS = 3
 POLICIES = 6
 
