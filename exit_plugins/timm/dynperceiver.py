@@ -364,7 +364,7 @@ class DynPerceiver(MultiExit, nn.Module):
         """
         if not 0 <= index < self.num_exits:
             raise IndexError(f"this model has exits 0 to {self.num_exits - 1}, got {index}.")
-        x, *rest = state
+        x, rest = state[0], list(state[1:])  # no starred name: torch 2.6 compiles it to a tuple
         if index == 0:
             x, z = self._begin(x)
         else:
