@@ -87,6 +87,7 @@ def test_costs_tables_policies_and_adaptive_runs_take_clips(models):
 @torch.no_grad()
 @pytest.mark.slow
 def test_compiled_and_exported_segments_take_clips(tmp_path):
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed (the extra export)")
     model = over_clips(settle(ConvExits(), clips().flatten(0, 1)), FRAMES)
     x = clips()
     expected = model.forward_exits(x)
