@@ -30,7 +30,7 @@ def test_importing_loads_no_other_host_and_no_plotting():
 def test_every_public_name_is_there_and_documented():
     for name in exit_plugins.__all__:
         if name in exit_plugins._PEFT_NAMES:
-            pytest.importorskip("peft")
+            pytest.importorskip("peft.utils")  # tests/peft alone would count as a package of that name
         value = getattr(exit_plugins, name)
         assert name.startswith("__") or value.__doc__, f"{name} has no docstring"
     assert set(dir(exit_plugins)) == set(exit_plugins.__all__)

@@ -129,7 +129,7 @@ def left_over(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", WRITERS)
 def test_killed_anywhere_the_old_or_the_new_stands_there_whole(name, tmp_path):
     if name == "adapters":
-        pytest.importorskip("peft")
+        pytest.importorskip("peft.utils")
     writer = WRITERS[name]
     writer.write(tmp_path, 0)
     total = count_lines(lambda: writer.write(tmp_path, 1))
@@ -146,7 +146,7 @@ def test_killed_anywhere_the_old_or_the_new_stands_there_whole(name, tmp_path):
 @pytest.mark.parametrize("size", [0, 1500])
 def test_on_a_full_disk_the_old_stays(name, size, tmp_path):
     if name == "adapters":
-        pytest.importorskip("peft")
+        pytest.importorskip("peft.utils")
     writer = WRITERS[name]
     writer.write(tmp_path, 0)
 
