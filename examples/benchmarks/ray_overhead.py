@@ -1,6 +1,6 @@
 """What Ray adds to examples/batch_inference_ray.py: start-up, and the time between the blocks.
 
-    python examples/benchmarks/ray_overhead.py --images 400000 --workers 2 --json ray.json
+    python examples/benchmarks/ray_overhead.py --images 520000 --workers 2 --json ray.json
 
 Give so many images that start-up is below 5 % of the run; what it was is printed.
 """
