@@ -2,32 +2,11 @@
 
 from pathlib import Path
 
-from base import (
-    CROPS_AND_MIRRORS,
-    Experiment,
-    Result,
-    Run,
-    Training,
-    budgets,
-    by_variant,
-    draw_budgets,
-    exits_table,
-    percent,
-    verdict,
-)
+from base import Experiment, Result, Run, Training, budgets, by_variant, draw_budgets, exits_table, percent, verdict
+from chase import OPTIONS as WHOLE_SIZE
 from chase import upper_half_gains
 
-OPTIONS = {
-    **CROPS_AND_MIRRORS,
-    "exit-loss": "chase",
-    "samples": 20_000,
-    "epochs": 20,
-    "batch-size": 128,
-    "opt": "sgd",
-    "lr": 0.1,
-    "weight-decay": 5e-4,
-    "warmup-epochs": 2,
-}
+OPTIONS = {**WHOLE_SIZE, "samples": 20_000, "warmup-epochs": 2, "compile": False}
 VARIANTS = {
     "whole": {},
     "no_global": {"gal": False},

@@ -40,12 +40,12 @@ def section(results: list[Result], pictures: Path) -> str:
         for name, row in rows.items()
     ]
     whole, highest = rows["no exits"], rows["budget 0.9"]
-    gains = [
-        highest[f"batch {batch}"]["images_per_second"] / whole[f"batch {batch}"]["images_per_second"]
-        for batch in BATCHES
-    ]
+    timed = [(highest[f"batch {batch}"], whole[f"batch {batch}"]) for batch in BATCHES]
+    gains = [ours["images_per_second"] / theirs["images_per_second"] for ours, theirs in timed]
+    # Faster by more than the times are apart from round to round.
+    faster = [theirs["median_ms"] - ours["median_ms"] > max(ours["iqr_ms"], theirs["iqr_ms"]) for ours, theirs in timed]
     kept = highest["accuracy"] - whole["accuracy"]
-    shown = kept >= -0.01 and min(gains) > 1
+    shown = kept >= -0.01 and all(faster)
     header = ["", "accuracy (%)", "MACs (M)", *(f"images/s, batch {batch}" for batch in BATCHES)]
     return (
         table(header, cells)
@@ -53,7 +53,8 @@ def section(results: list[Result], pictures: Path) -> str:
         + verdict(
             True if shown else False if max(gains) < 1 else None,
             f"At nine tenths of the MACs the network is {percent(kept, sign=True)} points from itself without exits, "
-            f"at {gains[0]:.2f}x its images/s one at a time and {gains[1]:.2f}x in batches of {BATCHES[1]}.",
+            f"at {gains[0]:.2f}x its images/s one at a time and {gains[1]:.2f}x in batches of {BATCHES[1]}"
+            f"{'' if all(faster) else ', which is not more than rounds differ'}.",
         )
     )
 

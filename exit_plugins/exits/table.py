@@ -211,7 +211,7 @@ class ExitTable:
         }
         members |= {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         members["sha256"] = np.array(_members_digest(members))
-        # Not with allow_pickle=False: before NumPy 2.1 that is one member more. No member holds objects.
+        # Not with allow_pickle=False: to NumPy 1.26 that is one member more. No member holds objects.
         with atomic_write(path, "wb") as file:
             np.savez_compressed(file, **members)  # type: ignore[arg-type]  # the stub takes a member for the option
 
