@@ -1,24 +1,34 @@
 """ONNX or OpenVINO files that really stop early, verified against torch before they are written.
 
 Writes a folder with one file per segment, run by exit_plugins.exits.export.ExportedAdaptiveModel, or with --single-file
-one ONNX file in which every image leaves by itself, for any program that runs ONNX. With --int8 an ONNX export is also
-quantised, on images of --data, and the accuracy of every exit is shown before and after.
+one ONNX file in which every image leaves by itself, for any program that runs ONNX.
 
-example:
+With --int8 or --bfloat16 (OpenVINO) the export is also written in that precision: ranges are set on some images of
+--data, thresholds are solved again for the policy's budget on half of the others, and the rest compares the accuracy
+of both. Where it falls by more than --max-drop, nothing is written in the lower precision. Give images that the model
+was not trained on.
+
+examples:
   exit-plugins export chase_cifar --num-classes 100 --checkpoint runs/chase/model/model.safetensors \\
       --policy runs/chase/policy.json --output runs/chase/onnx
+  exit-plugins export msdnet_cifar_batch --pretrained --policy policy.json --output float32 --runtime openvino \\
+      --int8 int8 --data torch/cifar100 --split test
 """
 
 import argparse
+import math
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from ..exits import export
-from ..exits.collecting import collect_exits
 from ..exits.policy import ExitPolicy, weights_digest
+from ..timm.data import ImageView
 from .common import add_data_arguments, add_json_argument, make_loader, open_data, percent, print_json, print_table
 from .models import (
     add_force_argument,
@@ -26,6 +36,7 @@ from .models import (
     data_config,
     known_model,
     match_classes,
+    number,
     open_model,
     whole,
 )
@@ -39,13 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", choices=export.RUNTIMES, help="what runs the files (default: onnx)")
     parser.add_argument("--format", choices=export.RUNTIMES, help=argparse.SUPPRESS)  # the old name of --runtime
     parser.add_argument("--single-file", action="store_true", help="one ONNX file with the early exits inside")
-    parser.add_argument("--int8", metavar="FOLDER", help="also write an int8 export here (needs --data)")
-    parser.add_argument(
+    lower = parser.add_argument_group("lower precision (needs --data)")
+    for name, runtimes in (("int8", "either runtime"), ("bfloat16", "--runtime openvino")):
+        lower.add_argument(f"--{name}", metavar="FOLDER", help=f"also write an export in {name} here ({runtimes})")
+    lower.add_argument(
         "--calibration",
         type=whole(1),
-        default=128,
+        default=300,
         metavar="N",
         help="images int8 ranges are set on (default: %(default)s)",
+    )
+    lower.add_argument(
+        "--max-drop",
+        type=number(0, 1),
+        default=0.005,
+        metavar="D",
+        help="highest loss of accuracy, at the last exit and at the same budget (default: %(default)s)",
     )
     add_data_arguments(parser, splits=("validation",))
     add_force_argument(parser)
@@ -57,10 +77,13 @@ def run(args: argparse.Namespace) -> int:
     if args.format:
         print("warning: --format goes in the next release; write --runtime.", file=sys.stderr)
     runtime = args.runtime or args.format or "onnx"
-    if args.single_file and (runtime != "onnx" or args.int8):
-        raise ValueError("--single-file is one float32 ONNX file; leave out --runtime openvino and --int8.")
-    if args.int8 and (runtime != "onnx" or not args.data):
-        raise ValueError("--int8 quantises an ONNX export on images: give --runtime onnx and --data.")
+    asked = [name for name in export.LOWER_PRECISIONS if getattr(args, name)]
+    if args.single_file and (runtime != "onnx" or asked):
+        raise ValueError("--single-file is one float32 ONNX file; leave out --runtime openvino, --int8 and --bfloat16.")
+    if asked and not args.data:
+        raise ValueError(f"--{asked[0]} needs images to set ranges on and to compare the accuracy on: give --data.")
+    if args.bfloat16 and runtime != "openvino":
+        raise ValueError("--bfloat16 is a choice of OpenVINO: give --runtime openvino.")
     known = known_model(args, policy)
     model = open_model(args, known).cpu()
     policy.check_model(model)
@@ -72,42 +95,77 @@ def run(args: argparse.Namespace) -> int:
     else:
         export.export_segments(model, policy, args.output, size, runtime)
     report: dict[str, Any] = {"written": _written(Path(args.output)), "input_size": list(size), "verified": True}
-    if args.int8:
-        report["int8"] = _quantise(args, match_classes(open_data(args)[0], model, known), config)
-        report["written"] += _written(Path(args.int8))
+    if asked:
+        data = match_classes(open_data(args)[0], model, known)
+        for name in asked:
+            report[name] = _lowered(args, name, data, config)
+            report["written"] += _written(Path(getattr(args, name)))
     if args.json:
         print_json(report)
         return 0
     print("verified against torch; written:")
     print_table(["file", "MB"], [[entry["file"], f"{entry['bytes'] / 1e6:.2f}"] for entry in report["written"]])
-    if args.int8:
+    for name in asked:
         print()
-        pairs = zip(report["int8"]["accuracy_float32"], report["int8"]["accuracy_int8"], strict=True)
-        rows = [[f"exit {k + 1}", percent(before), percent(after)] for k, (before, after) in enumerate(pairs)]
-        print_table([f"accuracy, {report['int8']['samples']} images", "float32", "int8"], rows)
-        print("int8 moves confidences: solve thresholds again on its own table.")
+        _print_accuracy(name, report[name])
     return 0
 
 
-def _quantise(args: argparse.Namespace, data: Any, config: dict[str, Any]) -> dict[str, Any]:
-    batches, count = [], 0
-    for images, _ in make_loader(data, args, config):
-        batches.append(images[: args.calibration - count])
-        count += len(batches[-1])
-        if count >= args.calibration:
-            break
-    change = export.quantize_segments(args.output, args.int8, batches)
-    tables = [
-        collect_exits(export.ExportedSegments(folder), make_loader(data, args, config))
-        for folder in (args.output, args.int8)
-    ]
-    accuracies = [table.correct.mean(1) for table in tables]
-    return {
-        "samples": tables[0].num_samples,
-        "accuracy_float32": np.round(accuracies[0], 6),
-        "accuracy_int8": np.round(accuracies[1], 6),
-        **change,
-    }
+def _lowered(args: argparse.Namespace, precision: str, data: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Write the export in ``precision``, and say what it changed."""
+    calibration, held_out = _parts(make_loader(data, args, config), args.calibration)
+    return export.quantize_segments(
+        args.output,
+        getattr(args, precision),
+        calibration,
+        precision=precision,
+        held_out=held_out,
+        max_drop=args.max_drop,
+    )
+
+
+def _parts(loader: DataLoader[Any], count: int) -> tuple[Iterable[Any], Iterable[Any]]:
+    """Batches of ``count`` images and of all others: drawn at random, or the first of a data set that streams.
+
+    ValueError where fewer than two are left.
+    """
+    data = loader.dataset
+    if not isinstance(data, ImageView):
+        batches = math.ceil(count / (loader.batch_size or 1))
+        return islice(loader, batches), _Rest(loader, batches)
+    if len(data) < count + 2:
+        raise ValueError(
+            f"--calibration {count} leaves {max(len(data) - count, 0)} of {len(data)} images to solve thresholds and "
+            "compare the accuracy on; give more images, or a smaller --calibration."
+        )
+    order = np.random.default_rng(0).permutation(len(data))
+    calibration, rest = (
+        DataLoader(data.subset(np.sort(part)), loader.batch_size, num_workers=loader.num_workers)
+        for part in (order[:count], order[count:])
+    )
+    return calibration, rest
+
+
+class _Rest:
+    """The batches of a loader without its first ones, each time it is read."""
+
+    def __init__(self, loader: DataLoader[Any], skipped: int) -> None:
+        self.loader, self.skipped = loader, skipped
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, self.skipped, None)
+
+
+def _print_accuracy(precision: str, found: dict[str, Any]) -> None:
+    pairs = zip(found["accuracy_float32"], found[f"accuracy_{precision}"], strict=True)
+    rows = [[f"exit {k + 1}", percent(before), percent(after)] for k, (before, after) in enumerate(pairs)]
+    print_table([f"accuracy, {found['samples']} images", "float32", precision], rows)
+    policy = found["under_policy"]
+    low, high = (100 * end for end in policy["interval"])
+    print(
+        f"thresholds solved again; under them {percent(policy['float32'])} and {percent(policy[precision])}, a fall of "
+        f"{100 * policy['drop']:.2f} points ({low:.2f} to {high:.2f}, {policy['samples']} images)"
+    )
 
 
 def _written(path: Path) -> list[dict[str, Any]]:

@@ -16,9 +16,14 @@ from ..policy import ExitPolicy
 from ..protocol import MultiExit, State
 from ..reading import reading
 from .manifest import POLICY, read_manifest
-from .runtimes import inference_session, onnx_session, openmp, openvino_session
+from .runtimes import Session, inference_session, onnx_session, openmp, openvino_session
 
-__all__ = ["ExportedAdaptiveModel", "ExportedSegments", "GraphRunner"]
+__all__ = ["ExportedAdaptiveModel", "ExportedSegments", "GraphRunner", "open_segment"]
+
+
+def open_segment(runtime: str, path: Path, threads: int | None = None, bfloat16: bool = False) -> Session:
+    """The segment's file at ``path``, opened by its runtime."""
+    return (onnx_session if runtime == "onnx" else openvino_session)(path, threads, bfloat16)
 
 
 class ExportedSegments(MultiExit, nn.Module):
@@ -30,12 +35,15 @@ class ExportedSegments(MultiExit, nn.Module):
     Args:
         folder: what ``export_segments`` or ``quantize_segments`` wrote.
         threads: CPU threads; default as many as torch uses.
-        bfloat16: let OpenVINO compute in bfloat16 where the CPU does. By default it computes in float32, like torch.
+        bfloat16: let OpenVINO compute in bfloat16 where the CPU does. By default it does so for an export in that
+            precision, and otherwise computes in float32, like torch, what is not int8.
 
     FileNotFoundError or ValueError for a folder that is missing or damaged; ImportError without the runtime.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], threads: int | None = None, bfloat16: bool = False) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], threads: int | None = None, bfloat16: bool | None = None
+    ) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -54,10 +62,18 @@ class ExportedSegments(MultiExit, nn.Module):
         }
         if bfloat16 and self.manifest["runtime"] != "openvino":
             raise ValueError("bfloat16 is a choice of OpenVINO; export with runtime='openvino' for it.")
-        load = onnx_session if self.manifest["runtime"] == "onnx" else openvino_session
+        if bfloat16 is None:
+            bfloat16 = self.manifest["precision"] == "bfloat16"
+        runtime = self.manifest["runtime"]
         with reading(self.folder, "export", "export again"):
-            self._sessions = [load(self.folder / name, threads, bfloat16) for name in self.manifest["segments"]]
+            self._sessions = [
+                open_segment(runtime, self.folder / name, threads, bfloat16) for name in self.manifest["segments"]
+            ]
         self.eval()
+
+    def inputs(self, index: int) -> list[str]:
+        """Names of the leaves that segment ``index`` reads; those it only hands on may be missing."""
+        return self._sessions[index].inputs
 
     def train(self, mode: bool = True) -> "ExportedSegments":
         if mode:
@@ -94,7 +110,7 @@ class ExportedAdaptiveModel(AdaptiveModel):
         folder: str | os.PathLike[str],
         policy: ExitPolicy | None = None,
         threads: int | None = None,
-        bfloat16: bool = False,
+        bfloat16: bool | None = None,
     ) -> None:
         segments = ExportedSegments(folder, threads, bfloat16)
         super().__init__(segments, policy or ExitPolicy.load(Path(folder) / POLICY))
