@@ -46,6 +46,7 @@ def policy_for(
         collect_exits(each, held_out, measure=policy.measure, temperatures=policy.temperatures.tolist())
         for each in (before, after)
     )
+    assert old.sample is not None and new.sample is not None  # as in every table that was collected
     if not np.array_equal(old.sample, new.sample):
         raise ValueError("held_out gives other images each time it is read; do not shuffle or augment it.")
     if len(new) < 2:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,14 +21,22 @@ pytest.importorskip("openvino")
 COSTS = [1.0, 2.0, 4.0]
 
 
-@pytest.fixture
-def openvino_folder(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def openvino_export(tmp_path_factory):
     """An OpenVINO export of the convolutional model, whose policy was solved for a budget."""
     model, _, segments = traced("conv")
-    monkeypatch.setattr(writing, "onnx_segments", lambda *_: segments)
+    folder = tmp_path_factory.mktemp("exported") / "openvino"
     policy = solve_thresholds(collect_exits(model, held_out(model), progress=False), COSTS, budget=2.0)
-    export.export_segments(model, policy, tmp_path / "openvino", SIZE, runtime="openvino")
-    return tmp_path / "openvino"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "onnx_segments", lambda *_: segments)
+        export.export_segments(model, policy, folder, SIZE, runtime="openvino")
+    return folder
+
+
+@pytest.fixture
+def openvino_folder(openvino_export, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(openvino_export, tmp_path / "openvino")
 
 
 def held_out(model, count: int = 64):
