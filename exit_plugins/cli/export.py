@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(0, 1),
         default=0.005,
         metavar="D",
-        help="highest loss of accuracy, at the last exit and at the same budget (default: %(default)s)",
+        help="highest loss of accuracy, at the last exit and at the same budget, 1 for any (default: %(default)s)",
     )
     add_data_arguments(parser, splits=("validation",))
     add_force_argument(parser)
@@ -90,16 +90,23 @@ def run(args: argparse.Namespace) -> int:
     check_weights(policy, weights_digest(model), args.force)
     config = data_config(args, model, known)
     size = config["input_size"]
+    # Before the long work: what is wrong with the data shall not wait for it.
+    calibration, held_out = (
+        _parts(make_loader(match_classes(open_data(args)[0], model, known), args, config), args.calibration)
+        if asked
+        else ((), ())
+    )
     if args.single_file:
         export.export_graph(model, policy, args.output, size)
     else:
         export.export_segments(model, policy, args.output, size, runtime)
     report: dict[str, Any] = {"written": _written(Path(args.output)), "input_size": list(size), "verified": True}
-    if asked:
-        data = match_classes(open_data(args)[0], model, known)
-        for name in asked:
-            report[name] = _lowered(args, name, data, config)
-            report["written"] += _written(Path(getattr(args, name)))
+    for name in asked:
+        folder = getattr(args, name)
+        report[name] = export.quantize_segments(
+            args.output, folder, calibration, precision=name, held_out=held_out, max_drop=args.max_drop
+        )
+        report["written"] += _written(Path(folder))
     if args.json:
         print_json(report)
         return 0
@@ -111,28 +118,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _lowered(args: argparse.Namespace, precision: str, data: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Write the export in ``precision``, and say what it changed."""
-    calibration, held_out = _parts(make_loader(data, args, config), args.calibration)
-    return export.quantize_segments(
-        args.output,
-        getattr(args, precision),
-        calibration,
-        precision=precision,
-        held_out=held_out,
-        max_drop=args.max_drop,
-    )
-
-
 def _parts(loader: DataLoader[Any], count: int) -> tuple[Iterable[Any], Iterable[Any]]:
-    """Batches of ``count`` images and of all others: drawn at random, or the first of a data set that streams.
+    """Batches of ``count`` images and of all others: drawn at random, or the first ones of a data set that streams.
 
     ValueError where fewer than two are left.
     """
     data = loader.dataset
     if not isinstance(data, ImageView):
         batches = math.ceil(count / (loader.batch_size or 1))
-        return islice(loader, batches), _Rest(loader, batches)
+        return _Slice(loader, 0, batches), _Slice(loader, batches, None)
     if len(data) < count + 2:
         raise ValueError(
             f"--calibration {count} leaves {max(len(data) - count, 0)} of {len(data)} images to solve thresholds and "
@@ -146,14 +140,14 @@ def _parts(loader: DataLoader[Any], count: int) -> tuple[Iterable[Any], Iterable
     return calibration, rest
 
 
-class _Rest:
-    """The batches of a loader without its first ones, each time it is read."""
+class _Slice:
+    """Some consecutive batches of a loader, each time it is read."""
 
-    def __init__(self, loader: DataLoader[Any], skipped: int) -> None:
-        self.loader, self.skipped = loader, skipped
+    def __init__(self, loader: DataLoader[Any], start: int, stop: int | None) -> None:
+        self.loader, self.start, self.stop = loader, start, stop
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self.loader, self.skipped, None)
+        return islice(self.loader, self.start, self.stop)
 
 
 def _print_accuracy(precision: str, found: dict[str, Any]) -> None:
