@@ -12,13 +12,14 @@ ONLY ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all demo test test-fast test-hosts bench-check bench-keep experiments experiments-small fuzz lint clean test-lowest docs
+.PHONY: help install install-all demo test test-fast test-hosts benchmarks bench-check bench-keep experiments experiments-small fuzz lint clean test-lowest docs
 
 help:
 	@echo "make demo        install what it needs, train a small early-exit model, draw its budget curve (DATA=folder for your images)"
 	@echo "make test        install everything, run the tests and the linters"
 	@echo "make test-fast   the tests that take no compiling, no other process and no long time"
 	@echo "make test-hosts  run the hosts' own test files over every model of this package"
+	@echo "make benchmarks  measure what docs/benchmarks.md lacks, on a quiet machine, and write it (ONLY=names FORCE=1)"
 	@echo "make bench-check  measure the benchmarks' ratios again and say which got worse than kept (bench-keep keeps them)"
 	@echo "make experiments run what is missing of docs/results.md, going on where it stopped (EXPERIMENTS_DATA=folder ONLY=name)"
 	@echo "make fuzz        damage thousands of files of every kind, kill every writer at thirty points (long)"
@@ -72,6 +73,11 @@ test-fast: $(VENV)/.installed-fast
 
 test-hosts: install-all .hosts/.fetched
 	$(BIN)/python tests/hosts/run.py --all
+
+# Half an hour on a quiet machine with two cores. FORCE=1 measures again what has a result.
+FORCE ?=
+benchmarks: install-all
+	$(BIN)/python examples/benchmarks/measure_all.py --data $(EXPERIMENTS_DATA) --only $(ONLY) $(if $(FORCE),--force)
 
 # Ratios measured on one thread of a quiet machine, in RATIOS; those of another machine are not compared.
 RATIOS := docs/results/ratios

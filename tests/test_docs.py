@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from exit_plugins.timm import list_shipped
-
 ROOT = Path(__file__).resolve().parents[1]
 
 IMPORTS = "import timm, torch, exit_plugins\n"
@@ -109,16 +107,48 @@ def test_every_page_is_in_the_site():
     assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
-def test_the_table_of_models_is_the_one_that_is_counted():
-    import sys
+@pytest.fixture
+def docs_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
 
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        from model_table import row, shipped_row
-    finally:
-        sys.path.pop(0)
+
+def test_the_tables_of_models_are_the_ones_that_are_counted(docs_scripts):
+    from model_table import TABLES, row
+    from page_tables import fill
+
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    for name in ("msdnet_cifar_batch", "dynperceiver_mobilenetv3_0_75x"):
-        assert row(name) in text
-    for name in list_shipped():
-        assert shipped_row(name) in text
+    for name in ("msdnet_cifar_batch", "dynperceiver_mobilenetv3_0_75x"):  # all of them take a while
+        assert "| " + " | ".join(row(name)) + " |" in text
+    told = {name: TABLES[name]() if name == "shipped" else name for name in TABLES}
+    again = fill(text, told.__getitem__)
+    assert again.partition("<!-- table: shipped -->")[2] == text.partition("<!-- table: shipped -->")[2]
+    assert "<!-- table: models -->\n\nmodels\n\n<!-- /table -->" in again
+
+
+def test_only_what_is_marked_is_written(docs_scripts):
+    from page_tables import fill, table
+
+    page = "before\n\n<!-- table: a -->\nold\n\n| x |\n<!-- /table -->\n\nbetween\n<!-- table: b -->\n<!-- /table -->\n"
+    once = fill(page, lambda name: table([name, "2"], [["3", "4"]]))
+    assert once == (
+        "before\n\n<!-- table: a -->\n\n| a | 2 |\n| --- | --- |\n| 3 | 4 |\n\n<!-- /table -->\n\nbetween\n"
+        "<!-- table: b -->\n\n| b | 2 |\n| --- | --- |\n| 3 | 4 |\n\n<!-- /table -->\n"
+    )
+    assert fill(once, lambda name: table([name, "2"], [["3", "4"]])) == once
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- table: a -->\nold\n",
+        "old\n<!-- /table -->\n",
+        "<!-- table: a -->\n<!-- table: b -->\n<!-- /table -->\n",
+        "<!-- table a -->\n<!-- /table -->\n",
+        "text <!-- table: a -->\n<!-- /table -->\n",
+    ],
+)
+def test_half_a_mark_is_an_error(docs_scripts, page):
+    from page_tables import fill
+
+    with pytest.raises(ValueError, match="each table stands between"):
+        fill(page, str)

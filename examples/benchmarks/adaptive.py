@@ -1,4 +1,4 @@
-"""How much of the ideal speed-up AdaptiveModel delivers, over five forced mixes of exits, in every way of running.
+"""How much of the ideal speed-up AdaptiveModel delivers, over forced mixes of exits, in every way of running.
 
     python examples/benchmarks/adaptive.py --mode eager fused openvino --batch 1 8 32 128 --json adaptive.json
 
@@ -80,9 +80,9 @@ def measure(
             sure = collect_exits(nobody.runner, [(pool, torch.zeros(len(pool)).long())], progress=False).confidence
         for exit_index in range(num_exits):
             runs[mode, exit_index] = over(batches, partial(to_exit, nobody, exit_index), calls[mode, exit_index])
-        for mix, shares in MIXES.items():
+        for mix in args.mix:
             engine = engines[mode, mix] = copy.copy(nobody)
-            engine.policy = forced_policy(sure, shares(num_exits))
+            engine.policy = forced_policy(sure, MIXES[mix](num_exits))
             if args.measure:
                 engine.time_segments(batches[0])
             runs[mode, mix] = over(batches, engine, calls[mode, mix])
@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dynperceiver_regnety_400mf")
     parser.add_argument("--mode", nargs="+", default=["fused"], choices=MODES)
+    parser.add_argument("--mix", nargs="+", default=list(MIXES), choices=MIXES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--size", type=int, help="image side in pixels; default the model's own")
     parser.add_argument("--images", type=int, default=64, help="size of the pool, rounded to a multiple of the batch")

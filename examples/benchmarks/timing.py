@@ -6,7 +6,9 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +103,18 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
+        **_runtimes(),
         "date": date.today().isoformat(),
     }
+
+
+def _runtimes() -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for name in ("onnxruntime", "openvino"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write_json(path: str | None, document: dict) -> None:

@@ -13,8 +13,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 import adaptive
 import forward
+import measure_all
 import report
 from adaptive import MIXES, forced_policy
+from bench_tables import TABLES
+from bench_targets import TARGETS
+from measure_all import RUNS
 from modes import MODES, OneExit, runner, to_exit
 from rivals import MergingTransformer, merge_tokens
 from timing import interleaved, spread
@@ -90,26 +94,93 @@ def test_timings_take_turns():
     assert spread(np.array([0.001, 0.002, 0.003]))["median_ms"] == pytest.approx(2)
 
 
-def test_from_runs_to_their_tables_and_picture(tmp_path, monkeypatch, capsys):
+def run(monkeypatch, script, *options):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the tests that follow
-    common = ["--model", "dynperceiver_test", "--threads", "1", "--system-malloc", "--repeats", "2"]
-    common += ["--batch", "1", "2"]
-    adaptive_file, forward_file, png = (str(tmp_path / name) for name in ("adaptive.json", "forward.json", "all.png"))
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--threads", "1", "--system-malloc", *map(str, options)])
+    script.main()
+
+
+def test_from_runs_to_the_page_and_its_picture(tmp_path, monkeypatch):
+    common = ["--model", "dynperceiver_test", "--repeats", "2", "--batch", "1", "2"]
+    results, page = tmp_path / "results", tmp_path / "page.md"
+    results.mkdir()
     for script, options in (
-        (adaptive, ["--mode", "eager", "fused", "--images", "4", "--json", adaptive_file]),
-        (forward, ["--mode", "fused", "--plain", "test_resnet", "--json", forward_file]),
-        (report, [adaptive_file, forward_file, "--picture", png]),
+        (adaptive, ["--mode", "eager", "fused", "--images", "4"]),
+        (forward, ["--mode", "fused", "--plain", "test_resnet"]),
     ):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *(common if script is not report else []), *options])
-        capsys.readouterr()
-        script.main()
-    rows = json.loads(Path(adaptive_file).read_text())["rows"]
+        path = results / f"{script.__name__}.json"
+        run(monkeypatch, script, *common, *options, "--json", path)
+        path.write_text(json.dumps({"made_by": f"the command of {script.__name__}", **json.loads(path.read_text())}))
+    rows = json.loads((results / "adaptive.json").read_text())["rows"]
     assert len(rows) == 2 * 2 * len(MIXES) and {row["mode"] for row in rows} == {"eager", "fused"}
     for row in rows:
         assert sum(row["share"]) == pytest.approx(1, abs=0.01) and row["per_call"]["p95_ms"] >= 0
         if row["mix"] == "nobody":
             assert row["share"][-1] == 1 and row["ideal"] == row["ideal_macs"] == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == (2 + len(rows)) + (2 + 2 + 1)  # two heads, a line per row, per batch and one of MACs
-    assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
-    assert Path(png).stat().st_size > 10_000
+
+    marked = "\n".join(
+        f"<!-- table: {name} -->\n<!-- /table -->" for name in ("targets", "picture", "forward", "rivals")
+    )
+    page.write_text(f"Before.\n\n{marked}\n<!-- table: adaptive -->\n<!-- /table -->\n\nBehind.\n")
+    report.main(["--results", str(results), "--page", str(page)])
+    text = page.read_text()
+    assert text.startswith("Before.\n") and text.endswith("Behind.\n") and "![Time to each exit" in text
+    assert "Not measured yet: `make benchmarks ONLY=rivals`." in text and "`the command of forward` (" in text
+    lines = text.partition("<!-- table: adaptive -->")[2].strip().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    report.main(["--results", str(results), "--page", str(page)])
+    assert page.read_text() == text
+
+    page.write_text("<!-- table: fastest -->\n<!-- /table -->\n")
+    with pytest.raises(SystemExit, match="no benchmark makes a table 'fastest'"):
+        report.main(["--results", str(results), "--page", str(page)])
+    (results / "rivals.json").write_text('{"rows": [{}], "made_by": "", "machine": {}}')
+    page.write_text("<!-- table: rivals -->\n<!-- /table -->\n")
+    with pytest.raises(SystemExit, match=r"rivals\.json is not what its benchmark writes now.*ONLY=rivals FORCE=1"):
+        report.main(["--results", str(results), "--page", str(page)])
+
+
+def test_the_page_is_what_its_files_say():
+    if not report.RESULTS.is_dir() and not (report.ROOT / ".git").exists():
+        pytest.skip("a source distribution without the files")
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.filled(page, report.read(report.RESULTS), "benchmarks.png") == page, (
+        "run examples/benchmarks/report.py"
+    )
+    for name in ["targets", "picture", *TABLES]:
+        assert page.count(f"<!-- table: {name} -->") == 1
+    assert RUNS.keys() == TABLES.keys() >= {target.name for target in TARGETS}
+
+
+def test_what_reaches_a_target():
+    rows = [dict(mode=mode, batch=1, exit=1, ratio=ratio) for mode, ratio in (("onnx", 0.8), ("openvino", 0.81))]
+    first = next(target for target in TARGETS if target.name == "forward")
+    assert first.row({"rows": rows}) == [first.wanted, "onnx 0.8, openvino 0.81", "onnx"]
+    assert first.row({"rows": rows[:1]})[2] == "yes" and first.row({"rows": rows[1:]})[2] == "no"
+    assert first.row({"rows": [dict(rows[0], ratio=float("nan"))]})[2] == "no"
+    assert first.row(None)[1:] == ["not measured yet", ""]
+    queue = next(target for target in TARGETS if target.name == "request_load")
+    best = {"plain batching": 50.0, "a queue per segment": 61.0}
+    assert queue.row({"best": best})[1:] == ["RequestQueue 1.22", "yes"]
+    assert queue.row({"best": {**best, "plain batching": 0.0}})[2] == "no"  # nothing to compare with
+
+
+def test_measures_what_is_missing_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(report, "write", lambda page, results: None)
+    tiny = "--threads 1 --batch 1 --repeats 1"
+    monkeypatch.setitem(RUNS, "forward", f"forward.py --model dynperceiver_test --plain test_resnet {tiny}")
+    monkeypatch.setitem(RUNS, "adaptive", "adaptive.py --batch none")
+    assert measure_all.main(["--only", "forward", "adaptive", "precision"]) == 1
+    said = capsys.readouterr()
+    assert "failed: adaptive (status 2)" in said.err and "precision: left out" in said.out
+    (path,) = (tmp_path / "results").iterdir()
+    document = json.loads(path.read_text())
+    assert document["made_by"] == f"python examples/benchmarks/{RUNS['forward']}" and "json" not in document["command"]
+    assert TABLES["forward"](document).count("\n") == 3
+    before = path.read_bytes()
+    assert measure_all.main(["--only", "forward"]) == 0 and path.read_bytes() == before
+    assert "forward: measured already" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+"""A table in Markdown from the JSON of each benchmark on docs/benchmarks.md."""
+
+import sys
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT / "docs") not in sys.path:
+    sys.path.append(str(ROOT / "docs"))
+from page_tables import table  # noqa: E402
+
+Document = dict[str, Any]  # what a script's --json wrote: command, machine, rows; and made_by, the command as typed
+RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def grouped(rows: list[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
+    """Rows that have these keys in common and stand together in the file."""
+    return [(key, list(group)) for key, group in groupby(rows, lambda row: tuple(row[name] for name in keys))]
+
+
+def caption(document: Document) -> str:
+    """The command, and where and when it ran."""
+    machine = document["machine"]
+    device = [] if machine["device"] == "cpu" else [machine["device"]]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    versions = [f"{title} {machine[name]}" for name, title in RUNTIMES.items() if name in machine]
+    where = ", ".join([machine["cpu"], *device, threads, *versions, machine["date"]])
+    return f"`{document['made_by']}` ({where})"
+
+
+def forward(document: Document) -> str:
+    rows = []
+    for (mode, batch), exits in grouped(document["rows"], "mode", "batch"):
+        cells = [f"{row['ratio']:.2f} ({row['ratio_folded']:.2f})" for row in exits]
+        spread = max(row["ratio_iqr"] for row in exits)
+        rows.append([mode, str(batch), f"{exits[0]['plain_time']['median_ms']:.1f}", *cells, f"{spread:.2f}"])
+    macs = [f"{row['macs_ratio']:.2f}" for row in exits]
+    rows.append(["MACs", "", "", *macs, ""])
+    return table(["mode", "batch", f"{document['plain']} ms", *_exits(len(macs)), "iqr up to"], rows)
+
+
+def adaptive(document: Document) -> str:
+    rows = [
+        [
+            row["mode"],
+            str(row["batch"]),
+            row["mix"],
+            f"{row['speedup']:.2f}",
+            f"{row['speedup_iqr']:.2f}",
+            f"{row['ideal']:.2f}",
+            f"{row['of_ideal']:.2f}",
+            f"{row['ideal_macs']:.2f}",
+            f"{row['per_call']['median_ms']:.1f}",
+            f"{row['per_call']['p95_ms']:.1f}",
+            f"{row['over_first_mode']:.2f}",
+        ]
+        for row in document["rows"]
+    ]
+    header = ["mode", "batch", "mix (forced)", "speed-up", "iqr", "ideal", "of ideal", "by MACs", "p50 ms", "p95 ms"]
+    return table([*header, f"over {document['rows'][0]['mode']}"], rows)
+
+
+def modes(document: Document) -> str:
+    """Of `exit-plugins profile --modes`."""
+    latency = {row["mode"]: row["latency"] for row in document["modes"]}
+    mean = {name: sum(times) / len(times) for name, times in latency.items()}
+    rows = [
+        [
+            f"**{name}**" if name == document["recommended"] else name,
+            *(f"{1e3 * seconds:.1f}" for seconds in times),
+            f"{mean[name] / mean['plain']:.2f}",
+        ]
+        for name, times in latency.items()
+    ]
+    exits = [f"{name} ms" for name in _exits(len(latency["plain"]))]
+    refused = [f"\n\n`{name}` did not run: {why}" for name, why in document["refused"].items()]
+    return table(["mode", *exits, "mean over plain"], rows) + "".join(refused)
+
+
+def time_per_mac(document: Document) -> str:
+    rows = []
+    for (name, plain, mode, batch), exits in grouped(document["rows"], "network", "plain", "mode", "batch"):
+        cells = [name, plain, mode, str(batch), " ".join(f"{row['macs'] / 1e9:.2f}" for row in exits)]
+        cells.append(" ".join(f"{row['per_mac_over_plain']:.2f}" for row in exits))
+        rows.append([*cells, f"{max(row['iqr'] for row in exits):.2f}"])
+    header = ["network", "plain", "mode", "batch", "GMACs to each exit", "time per MAC over plain's, to each exit"]
+    return table([*header, "iqr up to"], rows)
+
+
+def latency_budget(document: Document) -> str:
+    rows = []
+    for (batch, share), ways in grouped(document["rows"], "batch", "share"):
+        full, left = (next(row for row in ways if bool(row["rounds"]) == again) for again in (False, True))
+        ratios = [f"{row['measured_over_budget']:.3f}" for row in (full, left)]
+        rows.append([str(batch), f"{share:.0%}", f"{full['budget_ms']:.2f}", *ratios])
+    header = ["batch", "of the way to the last exit", "asked ms", "full batches: measured / asked"]
+    return table([*header, "batches left: measured / asked"], rows)
+
+
+def request_load(document: Document) -> str:
+    rows = [
+        [
+            row["way"],
+            f"{row['offered']:.1f}",
+            f"{row['per_second']:.1f}",
+            f"{row['p50_ms']:.0f}",
+            f"{row['p95_ms']:.0f}",
+            "yes" if row["within"] else "no",
+        ]
+        for row in document["rows"]
+    ]
+    limit = 1e3 * document["command"]["p95"] * document["full_batch_s"]
+    best = ", ".join(f"{way} {rate:.1f}" for way, rate in document["best"].items())
+    header = ["way", "offered/s", "answered/s", "p50 ms", "p95 ms", f"p95 within {limit:.0f} ms"]
+    return table(header, rows) + f"\n\nThe highest rate within that, in images/s: {best}."
+
+
+def rivals(document: Document) -> str:
+    rows = [
+        [
+            row["name"],
+            str(row["batch"]),
+            f"{row['macs'] / 1e9:.3f}",
+            f"{row['per_image']['median_ms']:.2f}",
+            f"{row['per_image']['iqr_ms']:.2f}",
+            f"{1e3 / row['per_image']['median_ms']:.0f}",
+        ]
+        for row in document["rows"]
+    ]
+    return table(["network", "batch", "GMACs", "ms per image", "iqr", "images/s"], rows)
+
+
+def precision(document: Document) -> str:
+    speed = [
+        [
+            row["network"],
+            row["precision"],
+            str(row["batch"]),
+            *(f"{row[kind]['median_ms']:.1f} | {row[f'{kind}_speedup']:.2f}" for kind in ("whole", "policy")),
+        ]
+        for row in document["rows"]
+    ]
+    header = ["network", "precision", "batch", "ms to the last exit", "speed-up", "ms under the policy", "speed-up "]
+    right = []
+    for network, found in document["accuracy"].items():
+        for name, figures in found.items():
+            for where in ("at_last_exit", "under_policy"):
+                figure = figures[where]
+                numbers = (figure["float32"], figure[name], figure["drop"], *figure["interval"])
+                before, after, fall, low, high = (f"{100 * number:.2f}" for number in numbers)
+                cells = [network, name, where.replace("_", " "), str(figure["samples"]), before, after, fall]
+                right.append([*cells, f"{low} to {high}"])
+    columns = ["network", "precision", "accuracy", "images", "float32 %", "here %", "fall, points", "95 % interval"]
+    return table(header, speed) + "\n\n" + table(columns, right)
+
+
+def _exits(count: int) -> list[str]:
+    return [f"exit {k + 1}" for k in range(count)]
+
+
+TABLES: dict[str, Callable[[Document], str]] = {
+    make.__name__: make
+    for make in (forward, adaptive, modes, time_per_mac, latency_budget, request_load, rivals, precision)
+}
