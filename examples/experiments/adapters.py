@@ -45,6 +45,7 @@ from exit_plugins.timm.data import open_splits
 METHODS = ("lora", "repadapter", "bottleneck")
 SHARES = (0.5, 0.7)
 CALIBRATION = 0.2
+CHECKPOINT = "last.pt"  # in the folder of a run
 SETTINGS = {"epochs": 40, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.01, "warmup_epochs": 4, "smoothing": 0.1}
 
 
@@ -189,6 +190,30 @@ def train(
     }
 
 
+def restore(model: nn.Module, checkpoint: Path) -> dict[str, Any]:
+    """Put what was learnt back into the adapted model; what else the checkpoint holds."""
+    kept: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(kept["model"][name])
+    return kept
+
+
+def load_adapted(
+    task_name: str, method: str, dynamic: Mapping[str, Any] | None, place: Place, seed: int, classes: int
+) -> nn.Module:
+    """The network of a run whose training has ended, merged where its method can be."""
+    variant = f"{task_name}_{method}" if dynamic is None else f"{task_name}_dyn_{method}"
+    checkpoint = place.state / "adapters" / f"{variant}-s{seed}" / CHECKPOINT
+    if not checkpoint.is_file():
+        raise SystemExit(f"this needs a trained network: run adapters/{variant}-s{seed} first.")
+    task = TASKS[task_name]
+    model = adapted(task, task.network(place, classes, seed), method, dynamic, classes)
+    restore(model, checkpoint)
+    return finished(model, method)
+
+
 def fit(model: nn.Module, batches: Batches, settings: Mapping[str, Any], folder: Path, seed: int) -> list[dict]:
     """AdamW on the adapters and heads, cosine by epochs; a checkpoint after every epoch."""
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -204,12 +229,9 @@ def fit(model: nn.Module, batches: Batches, settings: Mapping[str, Any], folder:
     if dynamic:
         model.attach_mask(optimizer)
     history: list[dict] = []
-    checkpoint = folder / "last.pt"
+    checkpoint = folder / CHECKPOINT
     if checkpoint.is_file():
-        kept = torch.load(checkpoint, weights_only=True)
-        with torch.no_grad():
-            for name, parameter in learning.items():
-                parameter.copy_(kept["model"][name])
+        kept = restore(model, checkpoint)
         optimizer.load_state_dict(kept["optimizer"])
         history = kept["history"]
     for epoch in range(len(history), settings["epochs"]):

@@ -41,6 +41,7 @@ EXPERIMENTS = (
     "bccd",
     "vit",
     "adapters",
+    "alignment",  # of networks trained before
     "frozen",  # best alone on the machine, as is
     "clock",  # of networks trained before, and best alone on the machine
 )

@@ -88,9 +88,10 @@ def network_branch(net: TimmModel) -> FeatureBranch:
 
 def _freeze_unused(net: nn.Module, input_size: tuple[int, ...]) -> None:
     """What only the network's head reads learns nothing here, and says so to those who wait for gradients (DDP)."""
-    shadow: TimmModel = traceable_copy(net).requires_grad_(True)
-    dtype = next(shadow.parameters()).dtype
-    with torch.enable_grad():
+    # Where the caller has switched gradients off, in either way, too.
+    with torch.inference_mode(False), torch.enable_grad():
+        shadow: TimmModel = traceable_copy(net).requires_grad_(True)
+        dtype = next(shadow.parameters()).dtype
         shadow.forward_features(torch.empty((2, *input_size), device="meta", dtype=dtype)).sum().backward()
     for name, parameter in shadow.named_parameters():
         if parameter.grad is None:

@@ -67,6 +67,17 @@ def test_every_parameter_that_learns_is_reached(name):
     assert not frozen.backbone.training and not any(p.requires_grad for p in frozen.backbone.parameters())
 
 
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_what_learns_does_not_depend_on_where_it_is_built(switch):
+    expected = {key: p.requires_grad for key, p in make("test_convnext").named_parameters()}
+    assert not all(expected.values())  # the network's own head learns nothing
+    with switch():
+        model = make("test_convnext")
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == expected
+    with torch.no_grad():
+        assert all(logits.isfinite().all() for logits in model.forward_exits(images()))
+
+
 @torch.no_grad()
 def test_saved_folders_load_again(tmp_path):
     model = make("test_resnet", num_classes=3)

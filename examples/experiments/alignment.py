@@ -1,0 +1,101 @@
+"""Dyn-Adapter, fig. 4: how soon a network's layers resemble the labels, with exits trained in different ways.
+
+Nothing is trained here: EfficientNet-Lite0 as it came from ImageNet, with Dyn-LoRA over it (``adapters``), and trained
+whole (``lite0``) plain, with exits and with the latents of Dyn-Perceiver. Of every stage, shallow to deep: linear
+centred kernel alignment of its mean over positions with the labels, on test images of Caltech-101.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lite0
+import numpy as np
+import torch
+from adapters import TASKS, load_adapted
+from base import Experiment, Place, Result, Run, table, test_batches, verdict
+from cka import layer_features
+from torch import nn
+
+from exit_plugins.exits import plots
+from exit_plugins.exits.similarity import cka
+from exit_plugins.timm.data import open_splits
+
+METHOD = "lora"
+TASK = TASKS["caltech101"]
+ADAPTED, ALONE = "Dyn-LoRA, backbone frozen", "from ImageNet, not adapted"
+TRAINED = {  # networks of lite0 that see images of the same size
+    f"plain_{TASK.size}": "trained whole, no exits",
+    f"exits_{TASK.size}": "trained whole with exits",
+    f"dynperceiver_{TASK.size}": "trained whole with latents",
+}
+
+
+def networks(place: Place, seed: int) -> dict[str, Callable[[], nn.Module]]:
+    """What builds each timm network, without the exits over it."""
+    classes = len(open_splits(str(place.data / TASK.data), None, seed=0, calibration=0).classes)
+    return {
+        ALONE: lambda: TASK.network(place, classes, seed),
+        ADAPTED: lambda: load_adapted("caltech101", METHOD, {}, place, seed, classes).backbone,
+        **{
+            name: lambda variant=variant: lite0.FIELD.trained(place, variant, seed).backbone
+            for variant, name in TRAINED.items()
+        },
+    }
+
+
+@torch.inference_mode()
+def measure(place: Place, folder: Path, seed: int) -> Result:
+    rows = {}
+    for name, build in networks(place, seed).items():
+        net = build().eval()
+        features, labels = [], []
+        for images, target in test_batches(place, TASK.data, net, TASK.size):
+            features.append(layer_features(net, images))
+            labels.append(target)
+            if place.small:
+                break
+        layers = [torch.cat(parts) for parts in zip(*features, strict=True)]
+        rows[name] = [cka(layer, torch.cat(labels)) for layer in layers]
+    return {
+        "settings": {"data": TASK.data, "size": TASK.size, "method": METHOD},
+        "test_images": len(torch.cat(labels)),
+        "rows": rows,
+    }
+
+
+def section(results: list[Result], pictures: Path) -> str:
+    rows = {name: np.mean([result["rows"][name] for result in results], axis=0).tolist() for name in results[0]["rows"]}
+    pictures.mkdir(parents=True, exist_ok=True)
+    plots.save(plots.cka_with_labels(rows), pictures / "cka.png")
+    stages = len(rows[ALONE])
+    text = [
+        table(
+            ["CKA with the labels", *(f"stage {i + 1}" for i in range(stages))],
+            [[name, *(f"{value:.3f}" for value in values)] for name, values in rows.items()],
+        ),
+        "![CKA of every stage with the labels](results/alignment/cka.png)\n",
+    ]
+    # The stage in the middle: the deepest that early exits of all networks stand behind.
+    middle = stages // 2
+    ours = rows[ADAPTED][middle]
+    others = {name: rows[name][middle] for variant, name in TRAINED.items() if not variant.startswith("plain")}
+    below = [ours < value for value in others.values()]
+    found = ", ".join(f"{value:.3f} {name}" for name, value in others.items())
+    text.append(
+        verdict(
+            True if all(below) else None if any(below) else False,
+            f"Behind stage {middle + 1} of {stages} it is {ours:.3f} with Dyn-LoRA and {rows[ALONE][middle]:.3f} not "
+            f"adapted; {found}.",
+        )
+    )
+    return "\n".join(text)
+
+
+EXPERIMENT = Experiment(
+    name="alignment",
+    title="Dyn-Adapter: how soon layers resemble the labels",
+    claim="Over a frozen backbone shallow layers stay unlike the labels; exits trained along with their backbone pull "
+    "them there (Dyn-Adapter, fig. 4).",
+    runs=[Run("caltech101", 0, measure)],
+    section=section,
+)
