@@ -6,7 +6,8 @@
 The user's way throughout: `exit-plugins solve` finds a policy, `exit-plugins export` writes float32, int8 and bfloat16,
 with thresholds solved again for the same budget, and says what that costs on images they were not solved on. Then the
 exports take turns on images of --data: all to the last exit, and under each one's own policy. Several networks take as
-many --data; a folder that timm saved is named local-dir:FOLDER.
+many --data; a folder that timm saved is named local-dir:FOLDER. Exports take most of the time, on any machine:
+--exports FOLDER keeps them, and times those it finds there.
 """
 
 import argparse
@@ -46,6 +47,24 @@ def export(name: str, data: str, args: argparse.Namespace, folder: Path) -> dict
     return _answer(["export", *words, "--calibration", str(args.calibration), "--max-drop", str(args.max_drop)])
 
 
+def kept_export(name: str, data: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """``export``, unless the folder holds one of the same network, images and settings."""
+    settings = {"network": name, "data": data}
+    settings |= {
+        key: getattr(args, key) for key in ("split", "images", "precision", "budget", "calibration", "max_drop")
+    }
+    record = folder / "said.json"
+    if record.is_file():
+        kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        if kept["settings"] != settings:
+            raise SystemExit(f"{folder} holds exports with other settings: {kept['settings']}; name another --exports.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {"settings": settings, "said": export(name, data, args, folder)}
+        write_json(str(record), kept)
+    return kept["said"]
+
+
 def _answer(words: list[str]) -> dict[str, Any]:
     with redirect_stdout(StringIO()) as answer:
         status = exit_plugins_command([*words, "--json"])
@@ -81,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--timed", type=int, default=64, help="images the policies are timed on")
+    parser.add_argument("--exports", metavar="FOLDER", help="keep the exports here, or time those that are here")
     add_clock_arguments(parser)
     parser.add_argument("--json")
     args = parser.parse_args(argv)
@@ -92,11 +112,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"| {' | '.join(HEAD)} |")
     print("| --- " * len(HEAD) + "|")
     for name, data in zip(args.model, args.data, strict=True):
-        with tempfile.TemporaryDirectory() as folder:
-            said = export(name, data, args, Path(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(args.exports or temporary, name.replace("/", "_"))
+            said = kept_export(name, data, args, folder)
             accuracy[name] = {precision: said[precision] for precision in args.precision}
             names = ("float32", *args.precision)
-            models = {each: ExportedAdaptiveModel(Path(folder, each), threads=args.threads) for each in names}
+            models = {each: ExportedAdaptiveModel(folder / each, threads=args.threads) for each in names}
         images = images_of(data, args.split, models["float32"], max(args.timed, *args.batch))
         last = models["float32"].model.num_exits - 1
         for batch in args.batch:
