@@ -143,14 +143,16 @@ def measured_engines(result: Result) -> list[str]:
 
 
 def curves(result: Result, engine: str, batch: int, cost: str = "ms") -> dict[str, np.ndarray]:
-    """Cost and accuracy (2, N) of every dynamic network, and of ``static``: all rivals together."""
+    """Cost and accuracy (2, N) of the dynamic networks, sizes together, and of ``static``: all rivals together."""
     points: dict[str, list[tuple[float, float]]] = {}
     for point in result["points"]:
         if (point["engine"], point["batch"]) == (engine, batch):
             points.setdefault("static" if point["static"] else point["name"], []).append(
                 (point[cost], point["accuracy"])
             )
-    return {name: np.array(sorted(found)).T for name, found in points.items()}
+    found = {name: np.array(sorted(values)).T for name, values in points.items()}
+    static = found.pop("static")
+    return {"static": static, **families(found)}
 
 
 def draw(result: Result, path: Path) -> None:
@@ -185,7 +187,6 @@ def section(results: list[Result], pictures: Path) -> str:
             for batch in BATCHES:
                 found = curves(result, engine, batch)
                 rivals = frontier(list(zip(*found.pop("static"), strict=True)))
-                found |= families(found)
                 gains = {name: gains_in_the_middle(curve, rivals) for name, curve in found.items()}
                 gains = {name: gain for name, gain in gains.items() if gain is not None}
                 least.append(max(gain.min() for gain in gains.values()))

@@ -175,14 +175,12 @@ def mean_curve(group: list[Result]) -> np.ndarray:
 
 def families(curves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The dynamic networks that differ in the size of their images alone, as one: the best of their points (2, N)."""
-    members: dict[str, list[np.ndarray]] = {}
-    for name, curve in curves.items():
-        if not name.startswith("cascade"):
-            members.setdefault("_".join(word for word in name.split("_") if not word.isdigit()), []).append(curve)
+    members: dict[str, list[str]] = {}
+    for name in curves:
+        members.setdefault("_".join(word for word in name.split("_") if not word.isdigit()), []).append(name)
     return {
-        f"{family}, any size": frontier([(cost, value) for curve in found for cost, value in curve.T])
-        for family, found in members.items()
-        if len(found) > 1
+        f"{family}, any size" if len(names) > 1 else names[0]: frontier([tuple(p) for n in names for p in curves[n].T])
+        for family, names in members.items()
     }
 
 
