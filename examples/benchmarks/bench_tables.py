@@ -118,18 +118,29 @@ def request_load(document: Document) -> str:
 
 
 def rivals(document: Document) -> str:
-    rows = [
-        [
-            row["name"],
-            str(row["batch"]),
-            f"{row['macs'] / 1e9:.3f}",
-            f"{row['per_image']['median_ms']:.2f}",
-            f"{row['per_image']['iqr_ms']:.2f}",
-            f"{1e3 / row['per_image']['median_ms']:.0f}",
-        ]
-        for row in document["rows"]
-    ]
-    return table(["network", "batch", "GMACs", "ms per image", "iqr", "images/s"], rows)
+    """Each group begins with the mix of exits that the others are compared with."""
+    rows = []
+    for row in document["rows"]:
+        others = [f"{mode} {ms:.2f}" for mode, ms in row["modes_ms"].items() if mode != row["mode"]]
+        rows.append(
+            [
+                f"**{row['name']}**" if row["name"] == row["beside"] else row["name"],
+                str(row["batch"]),
+                f"{row['macs'] / 1e9:.3f}",
+                f"{row['macs_over_mix']:.2f}",
+                row["mode"],
+                f"{row['per_image']['median_ms']:.2f}",
+                f"{row['per_image']['iqr_ms']:.2f}",
+                f"{row['time_over_mix']:.2f}",
+                ", ".join(others),
+            ]
+        )
+    header = ["network", "batch", "GMACs", "over the mix's", "fastest mode", "ms per image", "iqr", "over the mix's "]
+    refused = dict.fromkeys(
+        (row["name"], mode, why) for row in document["rows"] for mode, why in row["refused"].items()
+    )
+    lines = [f"- {name} does not run in {mode}: {why}" for name, mode, why in refused]
+    return table([*header, "in the other modes"], rows) + "".join(["\n\n", "\n".join(lines)] if lines else [])
 
 
 def precision(document: Document) -> str:

@@ -24,13 +24,13 @@ MODES = {
 
 
 class OneExit(MultiExit, nn.Module):
-    """A plain timm network as a multi-exit model with one exit, so that it runs in every mode."""
+    """A plain network, or timm's of that name, as a multi-exit model with one exit, so that it runs in every mode."""
 
     num_exits = 1
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, network: str | nn.Module) -> None:
         super().__init__()
-        self.network = timm.create_model(name).eval()
+        self.network = (timm.create_model(network) if isinstance(network, str) else network).eval()
         self.num_classes = self.network.num_classes
 
     def begin_exits(self, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ in equal shares. earlyon answers images one at a time, or takes a batch on until
 """
 
 import argparse
+import copy
+from collections.abc import Sequence
 
 import earlyon
 import numpy as np
@@ -34,6 +36,17 @@ class Shared(nn.Module):
         return self.head(features[0])
 
 
+def same_exits(network: nn.Module, layers: list[str], shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+    """Exits with earlyon's heads behind ``layers`` of a network on images of ``shape`` (C, H, W): ours, and earlyon's.
+
+    Each has a copy of its own, so that what is folded or hooked in one is not in the other.
+    """
+    theirs = custom_ee(copy.deepcopy(network), layers, network.num_classes, input_shape=(1, *shape)).eval()
+    heads = iter(copy.deepcopy(list(theirs.exit_heads.values())))
+    ours = add_exits(copy.deepcopy(network), exits=layers, head=lambda cut, num_classes: Shared(next(heads))).eval()
+    return ours, theirs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
@@ -45,9 +58,7 @@ def main() -> None:
     use_clock(args)
     torch.manual_seed(0)
     network = timm.create_model("resnet18").eval()
-    theirs = custom_ee(network, LAYERS, 1000, input_shape=(1, 3, args.size, args.size)).eval()
-    heads = iter(list(theirs.exit_heads.values()))
-    ours = add_exits(network, exits=LAYERS, head=lambda cut, num_classes: Shared(next(heads))).eval()
+    ours, theirs = same_exits(network, LAYERS, (3, args.size, args.size))
     pool = torch.randn(max(*args.batch, 32), 3, args.size, args.size)
     with torch.inference_mode():
         table = ExitTable.from_logits(ours.forward_exits(pool), torch.zeros(len(pool), dtype=torch.int64))

@@ -15,13 +15,16 @@ import adaptive
 import forward
 import measure_all
 import report
+import rivals
 from adaptive import MIXES, forced_policy
 from bench_tables import TABLES
 from bench_targets import TARGETS
 from measure_all import RUNS
 from modes import MODES, OneExit, runner, to_exit
-from rivals import MergingTransformer, merge_tokens
 from timing import interleaved, spread
+from token_merging import MergingTransformer, merge_tokens
+
+from exit_plugins import exit_costs
 
 
 @pytest.mark.parametrize("num_exits", [2, 3, 4, 7])
@@ -84,6 +87,66 @@ def test_merging_nothing_is_the_plain_transformer():
     with torch.no_grad():
         torch.testing.assert_close(MergingTransformer(network, 0)(images), network(images))
         assert torch.isfinite(MergingTransformer(network, 8)(images)).all()
+
+
+@pytest.fixture
+def small_rivals(monkeypatch):
+    for name, values in (("STATIC", ("test_resnet", "test_efficientnet")), ("SIDES", (32, 64, 96)), ("MERGED", (0, 8))):
+        monkeypatch.setattr(rivals, name, values)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the tests that follow
+    words = "--model dynperceiver_test --plain test_resnet --layers layer1 layer2 layer3 --transformer test_vit "
+    return (words + "--mode eager fused --images 8 --repeats 1 --threads 1 --system-malloc").split()
+
+
+def test_rivals_stand_beside_the_mix_of_their_macs(small_rivals, tmp_path):
+    path = tmp_path / "rivals.json"
+    rivals.main([*small_rivals, "--batch", "1", "4", "--json", str(path)])
+    document = json.loads(path.read_text())
+    rows = [row for row in document["rows"] if row["batch"] == 4]
+    groups = {name: [row for row in rows if row["beside"] == name] for name in {row["beside"] for row in rows}}
+    ours, exits = groups["dynperceiver_test, even mix"], groups["test_resnet with exits, even mix"]
+    for group in (ours, exits):
+        assert group[0]["name"] == group[0]["beside"] and group[0]["macs_over_mix"] == group[0]["time_over_mix"] == 1
+        assert all(row["mode"] == min(row["modes_ms"], key=row["modes_ms"].get) for row in group)
+    macs = exit_costs(timm.create_model("dynperceiver_test"), (3, 64, 64)).macs
+    assert ours[0]["macs"] == pytest.approx(np.mean(macs)) and ours[1]["macs"] == pytest.approx(macs[-1])
+    # The nearest are chosen by hand: both networks at 64 pixels, the plain one at 32 or 96.
+    for chosen, names in ((2, ("test_resnet", "test_efficientnet")), (3, ("test_resnet",))):
+        costs = {
+            f"{name} at {side} px": exit_costs(OneExit(name), (3, side, side)).macs[0]
+            for name in names
+            for side in ((64,) if chosen == 2 else (32, 96))
+        }
+        name = min(costs, key=lambda name: abs(np.log(costs[name] / ours[0]["macs"])))
+        assert ours[chosen]["name"] == name and ours[chosen]["macs"] == pytest.approx(costs[name])
+    assert [row["name"] for row in exits[-2:]] == ["test_resnet at 64 px", "test_resnet at 96 px"]
+    text = TABLES["rivals"](document)
+    assert text.count("**test_resnet with exits, even mix**") == 2  # at both batch sizes
+    if rivals.same_exits is not None:
+        assert exits[1]["name"] == "test_resnet with exits, even mix, earlyon" and len(exits) == 4
+
+
+def test_earlyon_leaves_where_ours_does():
+    pytest.importorskip("earlyon")
+    torch.manual_seed(0)
+    found, shares = rivals.Contest(["fused"], 1, torch.randn(8, 3, 64, 64)), MIXES["even"](4)
+    network = timm.create_model("test_resnet").eval()
+    with torch.inference_mode():
+        ours, theirs = rivals.same_exits(network, ["layer1", "layer2", "layer3"], (3, 64, 64))
+        mix = found.enter("ours", ours, mix=shares)
+        other = found.earlyon("earlyon", mix, ours, theirs, shares)
+        taken = [answer.exit_taken % 4 for answer in other.modes["one by one"](found.images)]
+        assert taken == mix.modes["fused"](found.images).exit_index.tolist() and sorted(taken) == [
+            0,
+            0,
+            1,
+            1,
+            2,
+            2,
+            3,
+            3,
+        ]
+        assert other.modes["until all are sure"](found.images).exit_taken % 4 == 3
 
 
 def test_timings_take_turns():
