@@ -7,7 +7,7 @@ All start from ImageNet weights and train by one recipe, but for the rate: of a 
 each have the one by which a run of seed 0 did best on the test images, so a part of what seed 0 says is that choice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,13 +175,18 @@ def mean_curve(group: list[Result]) -> np.ndarray:
 
 def families(curves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The dynamic networks that differ in the size of their images alone, as one: the best of their points (2, N)."""
-    members: dict[str, list[str]] = {}
-    for name in curves:
-        members.setdefault("_".join(word for word in name.split("_") if not word.isdigit()), []).append(name)
     return {
         f"{family}, any size" if len(names) > 1 else names[0]: frontier([tuple(p) for n in names for p in curves[n].T])
-        for family, names in members.items()
+        for family, names in by_kind(curves).items()
     }
+
+
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names that differ in sizes alone, under what they share."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault("_".join(word for word in name.split("_") if not word.isdigit()), []).append(name)
+    return found
 
 
 def section(name: str, results: list[Result], pictures: Path) -> str:
@@ -198,7 +203,10 @@ def section(name: str, results: list[Result], pictures: Path) -> str:
         if name not in dynamic
     }
     if dynamic:
-        draw_budgets(dynamic, pictures / "budgeted.png", static=sorted(static.values()))
+        # What was tried at one size alone stands in the table.
+        sized = [name for names in by_kind(dynamic).values() if len(names) > 1 for name in names]
+        drawn = {name: dynamic[name] for name in sized} or dynamic
+        draw_budgets(drawn, pictures / "budgeted.png", static=sorted(static.values()))
         text.append(f"![Accuracy over mean MACs; squares: static rivals](results/{name}/budgeted.png)\n")
     if dynamic and len(static) > 2:
         rivals = frontier(list(static.values()))
@@ -214,7 +222,9 @@ def section(name: str, results: list[Result], pictures: Path) -> str:
             "Against the best of all static rivals at the same MACs, in the middle half of the range both cover:\n"
         )
         text.append("\n".join(lines) + "\n")
-        best, found = max(gains.items(), key=lambda item: -1 if item[1] is None else item[1].min())
+        # A network at one size covers a part of the range: judged are those that choose their size as the rivals do.
+        sized = {name: gain for name, gain in gains.items() if name.endswith("any size")} or gains
+        best, found = max(sized.items(), key=lambda item: -1 if item[1] is None else item[1].min())
         above, below = found.min() > 0, all(gain.max() < 0 for gain in gains.values() if gain is not None)
         text.append(
             verdict(
