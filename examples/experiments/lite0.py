@@ -59,8 +59,9 @@ class Field:
         options: of the training, beside ``OPTIONS``.
         size: pixels that the networks with exits see.
         sizes: pixels that the plain network is trained at, in the order in which they are worth having.
-        small_sizes: pixels that networks with exits see, too: whoever may choose the size of a static network may
-            choose that of a dynamic one.
+        exit_sizes: the same for exits, beside ``size``: whoever may choose the size of a static network may choose that
+            of a dynamic one.
+        latent_sizes: the same for Dyn-Perceiver.
         cascades: sizes of plain networks to put together.
         cuts: stages behind which the network is cut off.
         relatives: larger networks with packaged weights, at ``size``.
@@ -72,7 +73,8 @@ class Field:
     size: int
     sizes: tuple[int, ...]
     cascades: tuple[tuple[int, ...], ...]
-    small_sizes: tuple[int, ...] = ()
+    exit_sizes: tuple[int, ...] = ()
+    latent_sizes: tuple[int, ...] = ()
     cuts: tuple[str, ...] = ()
     relatives: tuple[str, ...] = ()
 
@@ -96,8 +98,8 @@ class Field:
             f"plain_{self.size}": plain(self.size),
             "dynperceiver": perceiver(self.size),
             **{f"plain_{size}": plain(size) for size in self.sizes},
-            **{f"dynperceiver_{size}": perceiver(size) for size in self.small_sizes},
-            **{f"exits_{size}": exits(size) for size in self.small_sizes},
+            **{f"dynperceiver_{size}": perceiver(size) for size in self.latent_sizes},
+            **{f"exits_{size}": exits(size) for size in self.exit_sizes},
             # Two further tries: heads that convolve, and exits only where a linear head can tell the classes apart.
             "exits_conv": training("with_exits", self.size, read_off, exits=4, head="conv", head_hidden=96),
             "exits_late": training("with_exits", self.size, read_off, exits="blocks.3,blocks.4", head="mlp"),
@@ -243,7 +245,8 @@ FIELD = Field(
     options={"epochs": 30, "warmup-epochs": 3},
     size=160,
     sizes=(96, 128, 64, 224),
-    small_sizes=(128, 96),
+    exit_sizes=(128, 96, 64, 224),
+    latent_sizes=(128, 96),
     cascades=((96, 160), (96, 224), (64, 96, 160)),
     cuts=("blocks.4", "blocks.3", "blocks.2"),
     relatives=("tf_efficientnet_lite1", "tf_efficientnet_lite2"),

@@ -8,6 +8,7 @@ FIELD = Field(
     options={"epochs": 8, "warmup-epochs": 1, "batch-size": 64, "lr": 1e-3},
     size=96,
     sizes=(64, 48, 80, 128),
+    exit_sizes=(64, 48),
     cascades=((48, 96), (64, 96), (48, 64, 96)),
 )
 EXPERIMENT = FIELD.experiment("A pretrained network with exits, against every static one: CIFAR-100", CLAIM, seeds=1)
