@@ -167,11 +167,29 @@ def precision(document: Document) -> str:
     return table(header, speed) + "\n\n" + table(columns, right)
 
 
+def solvers(document: Document) -> str:
+    rows = [
+        [
+            f"{large['samples']:,} x {large['exits']}",
+            f"{sum(large['seconds']) / len(large['seconds']):.2f}",
+            f"{max(large['seconds']):.2f}",
+            f"{large['peak_bytes'] / 1e9:.2f}",
+        ]
+        for large in document["large"]
+    ]
+    gap = document["random_tables"]
+    header = ["samples x exits", "CPU seconds a budget, mean", "at most", "memory of the process, at most GB"]
+    return table(header, rows) + (
+        f"\n\nBelow the optimum on {gap['tables']} random tables of {gap['samples']} samples and {gap['exits']} exits: "
+        f"{100 * gap['mean']:.2f} points in the mean, {100 * gap['worst']:.2f} in the worst."
+    )
+
+
 def _exits(count: int) -> list[str]:
     return [f"exit {k + 1}" for k in range(count)]
 
 
 TABLES: dict[str, Callable[[Document], str]] = {
     make.__name__: make
-    for make in (forward, adaptive, modes, time_per_mac, latency_budget, request_load, rivals, precision)
+    for make in (forward, adaptive, modes, time_per_mac, latency_budget, request_load, rivals, precision, solvers)
 }

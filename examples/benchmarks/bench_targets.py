@@ -83,6 +83,22 @@ def _accuracy_lost(document: Document) -> Figures:
     }
 
 
+def _solver_gap(document: Document) -> Figures:
+    return {name: 100 * document["random_tables"][name] for name in ("mean", "worst")}
+
+
+def _solver_seconds(samples: int) -> Callable[[Document], Figures]:
+    def figures(document: Document) -> Figures:
+        rows = [row for row in document["large"] if row["samples"] == samples]
+        return {f"{row['exits']} exits": max(row["seconds"]) for row in rows}
+
+    return figures
+
+
+def _solver_memory(document: Document) -> Figures:
+    return {"the process": max(row["peak_bytes"] for row in document["large"]) / 1e9}
+
+
 TARGETS = (
     Target("exit 1, batch 1: at most 0.80 of the plain network's time", "forward", 0.80, _to_exit(1, 1)),
     Target("exit 4, batch 1: at most 1.9 of it", "forward", 1.9, _to_exit(4, 1)),
@@ -96,6 +112,10 @@ TARGETS = (
     Target("requests at equal p95: at least 1.2 times plain batching", "request_load", 1.2, _queue, at_most=False),
     Target("at least 1.5 times float32 in OpenVINO", "precision", 1.5, _lower_precision, at_most=False),
     Target("at most 0.5 points of accuracy for it, at the same budget", "precision", 0.5, _accuracy_lost),
+    Target("thresholds at most 0.3 points below the optimum of three exits", "solvers", 0.3, _solver_gap),
+    Target("50,000 samples of 4 exits solved in 2 s", "solvers", 2.0, _solver_seconds(50_000)),
+    Target("1,000,000 samples of 8 exits solved in 20 s", "solvers", 20.0, _solver_seconds(1_000_000)),
+    Target("solved in 2 GB", "solvers", 2.0, _solver_memory),
 )
 
 

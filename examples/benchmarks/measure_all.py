@@ -35,6 +35,7 @@ RUNS = {
     "rivals": "rivals.py --threads 2",
     "precision": "precision.py msdnet_cifar_batch.cifar100 with_exits_tf_efficientnet_lite0.caltech101 "
     "--data cifar100 caltech101 --split test --threads 1 --batch 1 16",
+    "solvers": "solvers.py",
 }
 NEED_DATA = ("precision",)
 

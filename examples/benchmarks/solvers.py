@@ -1,26 +1,28 @@
-"""All threshold solvers at eight budgets on the exits of a real model, and two further checks of the default one.
+"""The default threshold solver beside the optimum and on large tables; all solvers on the exits of a real model.
 
+    python examples/benchmarks/solvers.py --json solvers.json
     exit-plugins evaluate MODEL --data DATA --split val --save-table val.npz ...      # solved on these images
     exit-plugins evaluate MODEL --data DATA --split test --save-table test.npz ...    # reported on these
     python examples/benchmarks/solvers.py val.npz test.npz --costs 2.1e6 3.4e6 5.0e6
 
-Prints Markdown tables: test accuracy, what was spent of the budget on the test split, CPU seconds per budget. Budgets
-are fractions of the way from the first exit's cost to the last's. Then: the gap to the optimum with three of the exits,
-and the time for 50,000 samples and four exits. Writes the same as JSON.
+Without tables: on random ones, how far the default stays below the optimum for three exits, and its time and memory on
+50,000 samples of four exits and a million of eight. With tables, further: test accuracy, what was spent of the budget
+on the test split, and CPU seconds per budget of every solver, and their gap to the optimum with three of the exits.
+Budgets are fractions of the way from the first exit's cost to the last's. Seconds are CPU seconds of one thread.
 """
 
 import argparse
-import json
+import resource
+import sys
 import time
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import torch
+from timing import machine, write_json
 
 from exit_plugins import ExitTable, solve_thresholds
 from exit_plugins.exits.evaluation import evaluate_policy
-from exit_plugins.exits.files import atomic_write
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 METHODS = {
@@ -86,31 +88,44 @@ def gap_to_optimum(val: ExitTable, costs: np.ndarray, samples: int, trials: int)
     return {name: float(np.mean(values)) for name, values in gaps.items()}
 
 
-def time_of_default(val: ExitTable, costs: np.ndarray, samples: int = 50_000, exits: int = 4) -> list[float]:
-    """Seconds per budget for that many samples, drawn from ``val`` with a little noise so that none are equal."""
-    rng = np.random.default_rng(0)
-    chosen = np.linspace(0, val.num_exits - 1, min(exits, val.num_exits)).round().astype(int)
-    index = rng.integers(len(val), size=samples)
-    noisy = val.confidence[chosen][:, index] + rng.normal(0, 1e-3, (len(chosen), samples))
-    table = ExitTable(np.clip(noisy, 0, 1), val.prediction[chosen][:, index], val.target[index])
-    own = costs[chosen]
-    return [solve("lagrangian", table, own, own[0] + s * (own[-1] - own[0]))[1] for s in SHARES[:-1]]
+def random_table(exits: int, samples: int, seed: int) -> ExitTable:
+    """Samples of varying difficulty: deeper exits are surer and more often right, and all of them tend to agree."""
+    rng = np.random.default_rng(seed)
+    difficulty = 1.2 * rng.standard_normal(samples, dtype=np.float32)
+    confidence, right = np.empty((exits, samples), dtype=np.float32), np.empty((exits, samples), dtype=bool)
+    for k, skill in enumerate(np.linspace(0.0, 1.5, exits, dtype=np.float32)):
+        evidence = skill - difficulty + 0.6 * rng.standard_normal(samples, dtype=np.float32)
+        right[k] = rng.random(samples) < 1 / (1 + np.exp(-2 * evidence))
+        confidence[k] = 1 / (1 + np.exp(-2 * evidence - 0.5 * rng.standard_normal(samples, dtype=np.float32)))
+    return ExitTable(confidence, (~right).astype(np.int64), np.zeros(samples))  # class 0 is the right one
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("val", type=Path, help="exit table thresholds are solved on")
-    parser.add_argument("test", type=Path, help="exit table that is reported on")
-    parser.add_argument("--costs", type=float, nargs="+", required=True, help="cumulative cost of every exit")
-    parser.add_argument("--trials", type=int, default=10, help="of the gap to the optimum")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/solvers.json"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    val, test, costs = ExitTable.load(args.val), ExitTable.load(args.test), np.array(args.costs)
-    print(f"exits {val.num_exits}, solved on {len(val)} images, reported on {len(test)}")
-    print("accuracy of each exit (test):", ", ".join(f"{100 * a:.2f}" for a in test.correct.mean(1)))
-    rows = compare(val, test, costs)
-    result = {"comparison": rows}
+def random_costs(exits: int) -> np.ndarray:
+    return np.cumsum(np.linspace(2.0, 1.0, exits))
+
+
+def below_the_optimum(samples: int = 400, tables: int = 50) -> dict[str, float]:
+    """Accuracy that the default loses to the optimum of three exits, over random tables and budgets."""
+    costs, gaps = random_costs(3), []
+    for seed in range(tables):
+        table = random_table(3, samples, seed)
+        for share in SHARES[:-1]:
+            budget = float(costs[0] + share * (costs[-1] - costs[0]))
+            best = solve_thresholds(table, costs, budget=budget, method="exact").source["accuracy"]
+            gaps.append(best - solve("lagrangian", table, costs, budget)[0].source["accuracy"])
+    return {"exits": 3, "samples": samples, "tables": tables, "mean": float(np.mean(gaps)), "worst": float(max(gaps))}
+
+
+def time_of_default(samples: int, exits: int) -> dict:
+    """CPU seconds per budget, and what the process had taken of memory at most by the end, table included."""
+    table, costs = random_table(exits, samples, 0), random_costs(exits)
+    seconds = [solve("lagrangian", table, costs, costs[0] + s * (costs[-1] - costs[0]))[1] for s in SHARES[:-1]]
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"samples": samples, "exits": exits, "seconds": seconds, "peak_bytes": peak}
+
+
+def print_comparison(rows: list[dict]) -> None:
     for title, cell in (
         ("test accuracy [%]", lambda r: f"{100 * r['test_accuracy']:.2f}"),
         ("spent on test / budget", lambda r: f"{r['spent']:.3f}"),
@@ -120,15 +135,42 @@ def main() -> None:
         print("|---" * (len(SHARES) + 1) + "|")
         for name in dict.fromkeys(r["method"] for r in rows):
             print(f"| {name} | " + " | ".join(cell(r) for r in rows if r["method"] == name) + " |")
-    if val.num_exits >= 3:
-        result["gap_to_optimum"] = gap_to_optimum(val, costs, 1500, args.trials)
-        print("\nthree exits, 1500 samples, mean accuracy below the optimum [points]:")
-        print("  " + ", ".join(f"{name} {100 * gap:.3f}" for name, gap in result["gap_to_optimum"].items()))
-    result["seconds_50000x4"] = time_of_default(val, costs)
-    seconds = result["seconds_50000x4"]
-    print(f"\n50,000 samples, 4 exits: {np.mean(seconds):.2f} CPU seconds per budget, at most {max(seconds):.2f}")
-    with atomic_write(args.output) as file:
-        json.dump(result, file, indent=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("val", nargs="?", help="exit table thresholds are solved on")
+    parser.add_argument("test", nargs="?", help="exit table that is reported on")
+    parser.add_argument("--costs", type=float, nargs="+", help="cumulative cost of every exit of the tables")
+    parser.add_argument("--trials", type=int, default=10, help="of the gap to the optimum on the table")
+    parser.add_argument("--large", nargs="+", default=["50000x4", "1000000x8"], metavar="NxK", help="samples x exits")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    if len({value is None for value in (args.val, args.test, args.costs)}) > 1:
+        parser.error("give two tables and --costs, or none of them.")
+    torch.set_num_threads(1)
+    gap = below_the_optimum()
+    print(f"three exits, {gap['samples']} samples, {gap['tables']} random tables: below the optimum by ", end="")
+    print(f"{100 * gap['mean']:.3f} points in the mean, {100 * gap['worst']:.3f} in the worst")
+    result = {"random_tables": gap, "large": []}
+    for size in args.large:
+        large = time_of_default(*map(int, size.split("x")))
+        result["large"].append(large)
+        print(
+            f"{large['samples']:,} samples, {large['exits']} exits: {np.mean(large['seconds']):.2f} CPU seconds per "
+            f"budget, at most {max(large['seconds']):.2f}; the process at most {large['peak_bytes'] / 1e9:.2f} GB"
+        )
+    if args.val:
+        val, test, costs = ExitTable.load(args.val), ExitTable.load(args.test), np.array(args.costs)
+        print(f"exits {val.num_exits}, solved on {len(val)} images, reported on {len(test)}")
+        print("accuracy of each exit (test):", ", ".join(f"{100 * a:.2f}" for a in test.correct.mean(1)))
+        result["comparison"] = compare(val, test, costs)
+        print_comparison(result["comparison"])
+        if val.num_exits >= 3:
+            result["gap_to_optimum"] = gap_to_optimum(val, costs, 1500, args.trials)
+            print("\nthree exits, 1500 samples, mean accuracy below the optimum [points]:")
+            print("  " + ", ".join(f"{name} {100 * gap:.3f}" for name, gap in result["gap_to_optimum"].items()))
+    write_json(args.json, {"command": vars(args), "machine": machine(), **result})
 
 
 if __name__ == "__main__":

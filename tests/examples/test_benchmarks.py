@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import forward
 import measure_all
 import report
 import rivals
+import solvers
 from adaptive import MIXES, forced_policy
 from bench_tables import TABLES
 from bench_targets import TARGETS
@@ -215,6 +217,26 @@ def test_the_page_is_what_its_files_say():
     for name in ["targets", "picture", *TABLES]:
         assert page.count(f"<!-- table: {name} -->") == 1
     assert RUNS.keys() == TABLES.keys() >= {target.name for target in TARGETS}
+
+
+def test_solvers_on_random_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(solvers, "below_the_optimum", partial(solvers.below_the_optimum, 60, 2))
+    path = tmp_path / "solvers.json"
+    monkeypatch.setattr(sys, "argv", ["solvers.py", "--large", "300x4", "--json", str(path)])
+    solvers.main()
+    document = json.loads(path.read_text())
+    assert document["random_tables"]["mean"] == document["random_tables"]["worst"] == 0
+    assert [len(large["seconds"]) for large in document["large"]] == [7]
+    assert "| 300 x 4 | " in TABLES["solvers"](document)
+    assert [target.row(document)[2] for target in TARGETS if target.name == "solvers"][0] == "yes"
+    table = solvers.random_table(4, 300, 0)
+    right, sure = table.correct, table.confidence[0] > 0.5
+    assert right[-1].mean() > right[0].mean() and right[0, sure].mean() > right[0, ~sure].mean()
+    monkeypatch.setattr(sys, "argv", ["solvers.py", "val.npz"])
+    with pytest.raises(SystemExit):
+        solvers.main()
+    assert "give two tables and --costs, or none of them" in capsys.readouterr().err
 
 
 def test_what_reaches_a_target():

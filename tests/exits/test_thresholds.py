@@ -220,6 +220,40 @@ def test_pairs_lead_from_anywhere_to_what_no_pair_improves(seed):
             assert not target.met(other.correct, other.cost) or target.score(other) <= target.score(point)
 
 
+@settings(max_examples=60, deadline=None)
+@given(awkward_tables(min_exits=2, max_exits=5, max_samples=12), st.floats(0, 1), st.integers(0, 99))
+def test_line_searches_end_where_no_threshold_alone_helps(case, place, seed):
+    table, costs = case
+    split, rng = Split.of(table, costs), np.random.default_rng(seed)
+    cheapest, fullest = split.point(split.everybody_first()).cost, split.point(split.nobody_early()).cost
+    target = Target(budget=cheapest + place * (fullest - cheapest))
+    start = split.nobody_early()
+    for k in range(table.num_exits - 1):
+        start[k] = split.threshold(k, rng.choice(split.cuts[k]))
+    point = split.improve(split.point(start), target)
+    accuracy, cost, _ = naive_run(table, point.thresholds, costs)
+    assert accuracy * table.num_samples == pytest.approx(point.correct) and cost == pytest.approx(point.cost)
+    met = target.met(point.correct, point.cost)
+    for k in range(table.num_exits - 1):
+        for cut in split.cuts[k]:
+            thresholds = point.thresholds.copy()
+            thresholds[k] = split.threshold(k, cut)
+            other = split.point(thresholds)
+            if target.met(other.correct, other.cost):
+                assert met and target.score(other) <= target.score(point)
+
+
+def test_any_number_of_exits():
+    table, costs = realistic_table(70, 120), costs_of(70)  # more than fit the smallest numbers samples are summed by
+    budget = costs[0] + 0.3 * (costs[-1] - costs[0])
+    policy = solve_thresholds(table, costs, budget=budget, method="genetic", population=4, generations=1)
+    split = Split.of(table, costs)
+    point = split.improve(split.point(policy.thresholds), Target(budget=budget))
+    accuracy, cost, _ = naive_run(table, point.thresholds, costs)
+    assert accuracy * 120 == pytest.approx(point.correct) and cost == pytest.approx(point.cost) and cost <= budget
+    assert point.correct / 120 > policy.source["accuracy"]
+
+
 # What holds for every method
 
 FAST = {"genetic": {"population": 6, "generations": 3}}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..costs import exit_counts, mean_cost
+from ..costs import mean_cost
 from ..table import ExitTable
 from .msdnet import descending
 
@@ -52,10 +52,9 @@ def cuts_of(values: NDArray[Any]) -> NDArray[Any]:
 
     A cut lies only where the value changes, so ties stay together; NaN is never above a threshold.
     """
-    changes = np.flatnonzero(values[:-1] != values[1:]) + 1
-    cuts = np.unique(np.concatenate([[0], changes, [len(values)]]))
-    possible: NDArray[Any] = cuts[cuts <= len(values) - np.isnan(values).sum()]
-    return possible
+    values = values[: len(values) - np.count_nonzero(np.isnan(values))]
+    ends = [len(values)] if len(values) else []
+    return np.concatenate([[0], np.flatnonzero(values[:-1] != values[1:]) + 1, ends]).astype(np.int64)
 
 
 class Split:
@@ -65,12 +64,13 @@ class Split:
         # An infinite threshold closes an exit for everybody, and any other lets whoever is infinitely sure leave: as
         # for the largest number there is, with which comparisons alone say the same.
         self.confidence = np.minimum(confidence, np.finfo(np.float32).max)
-        self.correct, self.costs = correct.astype(np.int8), costs
+        self.right, self.costs = np.ascontiguousarray(correct, dtype=bool), costs
+        self.correct = self.right.view(np.int8)
         self.num_exits, self.num_samples = confidence.shape
         self.extra = costs - costs[0]
         self.samples = np.arange(self.num_samples)
-        self.orders = [descending(c) for c in confidence]
-        self.values = [c[order] for c, order in zip(confidence, self.orders, strict=True)]
+        self.orders = [descending(c) for c in self.confidence]
+        self.values = [c[order] for c, order in zip(self.confidence, self.orders, strict=True)]
         self.cuts = [cuts_of(values) for values in self.values]
 
     @classmethod
@@ -78,19 +78,34 @@ class Split:
         return cls(table.confidence, table.correct, costs)
 
     def subset(self, index: NDArray[Any]) -> "Split":
-        return Split(self.confidence[:, index], self.correct[:, index], self.costs)
+        return Split(self.confidence[:, index], self.right[:, index], self.costs)
 
     def leaves(self, k: int, threshold: float) -> NDArray[Any]:
         leaves: NDArray[Any] = self.confidence[k] >= threshold
         return leaves
 
     def exits(self, thresholds: NDArray[Any]) -> NDArray[Any]:
-        return self.exits_after(-1, thresholds)
+        """Where each sample (N,) leaves."""
+        exits: NDArray[Any] = np.full(self.num_samples, self.num_exits - 1)
+        for k in range(self.num_exits - 2, -1, -1):
+            exits[self.leaves(k, thresholds[k])] = k
+        return exits
+
+    def counts(self, thresholds: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
+        """How many samples (K,) leave at each exit, and how many of all are answered right."""
+        # Counting bits: many times faster than gathering what each sample is worth where it leaves.
+        counts, correct = np.zeros(self.num_exits, dtype=np.int64), 0
+        waiting = np.ones(self.num_samples, dtype=bool)
+        for k in range(self.num_exits):
+            leaving = waiting if k == self.num_exits - 1 else self.leaves(k, thresholds[k]) & waiting
+            counts[k] = np.count_nonzero(leaving)
+            correct += np.count_nonzero(leaving & self.right[k])
+            waiting = waiting ^ leaving
+        return counts, correct
 
     def point(self, thresholds: NDArray[Any]) -> Point:
-        exits = self.exits(thresholds)
-        correct = int(self.correct[exits, self.samples].sum())
-        return Point(thresholds.copy(), correct, mean_cost(exit_counts(exits, self.num_exits), self.costs))
+        counts, correct = self.counts(thresholds)
+        return Point(thresholds.copy(), correct, mean_cost(counts, self.costs))
 
     def threshold(self, k: int, cut: int) -> np.float32:
         """Threshold that lets the ``cut`` most confident samples leave; -inf for all of them, here and elsewhere."""
@@ -110,22 +125,14 @@ class Split:
     def ascend(self, thresholds: NDArray[Any], price: float) -> NDArray[Any]:
         """Coordinate ascent of ``sum(correct - price * extra cost)``, an exact line search per exit."""
         thresholds = thresholds.copy()
-        value = self.correct - price * self.extra[:, None]
-        leaves = [self.leaves(k, t) for k, t in enumerate(thresholds)]
         for _ in range(_ASCENT_SWEEPS):
             before = thresholds.copy()
-            # Who reaches exit k is decided above it, what waiting is worth below it: going from deep to shallow, the
-            # first stays as it was at the start of the sweep and the second is always up to date.
-            reach = [np.ones(self.num_samples, dtype=bool)]
-            for k in range(self.num_exits - 2):
-                reach.append(reach[-1] & ~leaves[k])
-            later = value[-1]
+            sweep = _Sweep(self, thresholds)
+            gains = sweep.correct - price * sweep.extra
             for k in range(self.num_exits - 2, -1, -1):
-                gain = (value[k] - later) * reach[k]
-                total = np.concatenate([[0.0], np.cumsum(gain[self.orders[k]])])[self.cuts[k]]
+                total = _running(gains[k], sweep.kinds(k))[self.cuts[k]]
                 thresholds[k] = self.threshold(k, self.cuts[k][total.argmax()])
-                leaves[k] = self.leaves(k, thresholds[k])
-                later = np.where(leaves[k], value[k], later)
+                sweep.settle(k, thresholds[k])
             if (thresholds == before).all():
                 break
         return thresholds
@@ -138,29 +145,29 @@ class Split:
         """
         for _ in range(_LINE_SWEEPS):
             before = point
+            sweep = _Sweep(self, point.thresholds)
             for k in range(self.num_exits - 2, -1, -1):
-                found = self._line(point, k, target)
+                found = self._line(sweep, point, k, target)
                 if found is not None and (
                     not target.met(point.correct, point.cost) or target.score(found) > target.score(point)
                 ):
                     point = found
+                sweep.settle(k, point.thresholds[k])
             if point is before:
                 break
         return point
 
-    def _line(self, point: Point, k: int, target: Target) -> Point | None:
+    def _line(self, sweep: "_Sweep", point: Point, k: int, target: Target) -> Point | None:
         """The best point that meets the target when only threshold ``k`` moves."""
-        exits = self.exits(point.thresholds)
-        order = self.orders[k][exits[self.orders[k]] >= k]  # the samples that get here, surest first
-        values = self.confidence[k][order]
+        kinds = sweep.kinds(k)
+        here = np.flatnonzero(kinds)
+        kinds, values = kinds[here], self.values[k][here]  # of the samples that get here, surest first
         cuts = cuts_of(values)
-        later = self.exits_after(k, point.thresholds)[order]
-        gain = self.correct[k][order].astype(np.int64) - self.correct[later, order]
-        spent = self.extra[k] - self.extra[later]
-        # What it comes to when nobody leaves here, then for every cut.
-        exits[order] = later
-        correct = int(self.correct[exits, self.samples].sum()) + np.concatenate([[0], np.cumsum(gain)])[cuts]
-        extra = float(self.extra[exits].sum()) + np.concatenate([[0.0], np.cumsum(spent)])[cuts]
+        # What it comes to for every cut, beginning at what it comes to now.
+        now = np.count_nonzero(values >= point.thresholds[k])
+        correct, extra = _running(sweep.correct[k], kinds), _running(sweep.extra[k], kinds)
+        correct = (point.correct - correct[now] + correct)[cuts]
+        extra = ((point.cost - self.costs[0]) * self.num_samples - extra[now] + extra)[cuts]
         # The running sums carry rounding: they propose, an exact evaluation decides.
         if target.need is None:
             room = (target.budget - self.costs[0]) * self.num_samples
@@ -168,11 +175,10 @@ class Split:
                 allowed = extra <= room + 1e-9 * self.extra[-1] * self.num_samples
             else:
                 allowed = np.ones(len(cuts), dtype=bool)
-            rank = np.lexsort((extra, -correct))
+            candidates = _first(allowed, -correct, extra)
         else:
-            allowed = correct >= target.need
-            rank = np.lexsort((-correct, extra))
-        for candidate in rank[allowed[rank]][:_CANDIDATES]:
+            candidates = _first(correct >= target.need, extra, -correct)
+        for candidate in candidates:
             thresholds = point.thresholds.copy()
             cut = cuts[candidate]
             if cut == 0:
@@ -184,14 +190,70 @@ class Split:
                 return found
         return None
 
-    def exits_after(self, k: int, thresholds: NDArray[Any]) -> NDArray[Any]:
-        """Where each sample would leave if it passed exit ``k``; for -1, where it leaves."""
-        leaves: NDArray[Any] = self.confidence[k + 1 :] >= thresholds[k + 1 :, None]
-        leaves[-1] = True
-        exits: NDArray[Any] = leaves.argmax(0) + k + 1
-        return exits
+
+class _Sweep:
+    """One pass over the exits, from deep to shallow, in which each threshold in turn may move.
+
+    Who reaches exit k is decided above it, what passing it leads to below it: in this order the first stays as it was
+    at the start of the pass and the second is always up to date.
+
+    A sample's part in moving threshold k depends on little: whether it gets there, whether exit k is right, where it
+    would leave otherwise and whether that is right. Each combination is a kind, a small number: 0 for the samples that
+    do not get there, else 1 + where it would leave times two, one more where that is right, and 2 K more where exit k
+    is. Small numbers are worked out without branches, which cost more than anything else where masks are random.
+
+    Attributes:
+        correct, extra: (K, kinds) what a sample of a kind adds to correct answers, and to the cost beyond the first
+            exit's, by leaving at exit k instead of passing it.
+    """
+
+    def __init__(self, split: Split, thresholds: NDArray[Any]) -> None:
+        count = split.num_exits
+        self.split, self.small = split, np.min_scalar_type(4 * count)
+        self.right = split.right.view(np.uint8).astype(self.small, copy=False)
+        self.reach = [np.ones(split.num_samples, dtype=bool)]
+        for k in range(count - 2):
+            self.reach.append(self.reach[-1] & ~split.leaves(k, thresholds[k]))
+        self.later = self._ending(count - 1)
+        later, right = np.divmod(np.arange(2 * count), 2)
+        self.correct = np.tile(np.concatenate([[0], -right, 1 - right]), (count, 1))
+        self.extra = np.zeros(self.correct.shape)
+        self.extra[:, 1:] = np.tile(split.extra[:, None] - split.extra[later], 2)
+
+    def _ending(self, k: int) -> NDArray[Any]:
+        """For each sample (N,) two times ``k``, and one more where exit ``k`` is right."""
+        ending: NDArray[Any] = self.right[k] + self.small.type(2 * k)
+        return ending
+
+    def kinds(self, k: int) -> NDArray[Any]:
+        """The kind (N,) of each sample at exit ``k``, surest first."""
+        one, right = self.small.type(1), self.small.type(2 * self.split.num_exits)
+        kinds = (self.later + self.right[k] * right + one) * self.reach[k].view(np.uint8)
+        ordered: NDArray[Any] = kinds[self.split.orders[k]]
+        return ordered
+
+    def settle(self, k: int, threshold: float) -> None:
+        """Go on to the next shallower exit, with this threshold at exit ``k``."""
+        self.later += (self._ending(k) - self.later) * self.split.leaves(k, threshold).view(np.uint8)
+
+
+def _running(worth: NDArray[Any], kinds: NDArray[Any]) -> NDArray[Any]:
+    """Sums (N + 1,) of what the first 0, 1, ... N of ``kinds`` are worth."""
+    sums = np.zeros(len(kinds) + 1, dtype=worth.dtype)
+    np.cumsum(worth[kinds], out=sums[1:])
+    return sums
+
+
+def _first(allowed: NDArray[Any], major: NDArray[Any], minor: NDArray[Any]) -> NDArray[Any]:
+    """The ``_CANDIDATES`` allowed places with the least ``major``, of equal ones with the least ``minor``, in order."""
+    places = np.flatnonzero(allowed)
+    if len(places) > _CANDIDATES:
+        last = np.partition(major[places], _CANDIDATES - 1)[_CANDIDATES - 1]
+        places = places[major[places] <= last]
+    ranked: NDArray[Any] = places[np.lexsort((minor[places], major[places]))]
+    return ranked[:_CANDIDATES]
 
 
 def exit_shares(split: Split, thresholds: NDArray[Any]) -> NDArray[Any]:
     """Share (K,) of the samples that leaves at each exit under ``thresholds`` (K,)."""
-    return exit_counts(split.exits(thresholds), split.num_exits) / split.num_samples
+    return split.counts(thresholds)[0] / split.num_samples
