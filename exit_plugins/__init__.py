@@ -28,6 +28,8 @@ from .exits import (
     exit_latency,
     fit_temperatures,
     policy_path,
+    profile_latency,
+    solve_latency,
     solve_thresholds,
 )
 from .timm.any_model import add_exits
@@ -76,6 +78,8 @@ __all__ = [
     "fit_temperatures",
     "get_dyn_peft_model",
     "policy_path",
+    "profile_latency",
+    "solve_latency",
     "solve_thresholds",
     "temporal_shift",
 ]

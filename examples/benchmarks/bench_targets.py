@@ -51,8 +51,8 @@ def _of_ideal(batch: int) -> Callable[[Document], Figures]:
 
 
 def _off_budget(document: Document) -> Figures:
-    """The furthest from what was asked in percent, of every batch size, as solved for the batches that are left."""
-    batches = grouped([row for row in document["rows"] if row["rounds"]], "batch")
+    """The furthest from what was asked in percent, of every batch size."""
+    batches = grouped(document["rows"], "batch")
     return {
         f"batch {batch}": 100 * max(abs(row["measured_over_budget"] - 1) for row in rows) for (batch,), rows in batches
     }

@@ -3,19 +3,18 @@
 import argparse
 import ctypes
 import json
-import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from exit_plugins.exits.files import atomic_write
+from exit_plugins.exits.latency import processor_name
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,13 +92,9 @@ def keep_freed_memory() -> None:
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """Where and when a figure was measured."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     device = torch.device(device)
     return {
-        "cpu": cpu,
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,

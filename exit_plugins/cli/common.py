@@ -17,14 +17,11 @@ from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, Grayscale
 
-from ..exits.adaptive import AdaptiveModel
-from ..exits.costs import exit_costs, exit_latency
-from ..exits.policy import ExitPolicy
-from ..exits.protocol import AnyModel, check_multi_exit
 from ..exits.schema import plain
 from ..timm.clips import ClipTransform
 from ..timm.data import ImageView, class_names, open_dataset
 from .models import device_of, number, whole
+from .modes import MODES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -156,25 +153,29 @@ def is_main() -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+def add_cost_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """``several``: latency may be asked for at more than one batch size, each with an outcome of its own."""
     parser.add_argument(
         "--cost",
         choices=("macs", "latency"),
         default="macs",
         help="what budgets are in: MACs, or seconds per image measured now on this machine (default: %(default)s)",
     )
-    parser.add_argument("--cost-batch", type=whole(1), default=1, metavar="N", help="batch size latency is measured at")
-
-
-def costs_of(args: argparse.Namespace, model: AnyModel, config: dict[str, Any]) -> tuple[NDArray[Any], str]:
-    """Cumulative cost (K,) per image and its unit."""
-    size = config["input_size"]
-    if args.cost == "macs":
-        return exit_costs(model, size).macs, "MACs"
-    batch = torch.randn((args.cost_batch, *size), generator=torch.Generator().manual_seed(0))
-    # What will run: AdaptiveModel's form of the model, not the model as it is trained.
-    running = AdaptiveModel(model, ExitPolicy([math.inf] * check_multi_exit(model).num_exits)).runner
-    return exit_latency(running, batch) / args.cost_batch, "s"
+    parser.add_argument(
+        "--cost-batch",
+        type=whole(1),
+        nargs="+" if several else 1,
+        default=[1],
+        metavar="N",
+        help="batch size latency is measured at"
+        + ("; of several, each gets a policy of its own (-o p.json: p-b1.json, p-b8.json)" if several else ""),
+    )
+    parser.add_argument(
+        "--cost-mode",
+        choices=[mode for mode in MODES if mode != "channels_last"],  # no mode of a run that goes by a name
+        default="fused",
+        help="form latency is measured in, see profile --modes (default: %(default)s)",
+    )
 
 
 _AMOUNT = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|[kKMGT]?|ms|us|s)", re.IGNORECASE)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..exits.calibration import Calibration, calibration
 from ..exits.evaluation import AnytimePoint, PolicyResult, anytime_curve, ensemble_curve, evaluate_policy
+from ..exits.latency import exit_shares_of
 from ..exits.policy import ExitPolicy
 from .common import (
     add_confidence_arguments,
@@ -31,7 +32,7 @@ from .common import (
 )
 from .inputs import Inputs, open_inputs
 from .models import add_force_argument, add_model_arguments
-from .tables import check_weights, fit_table, overlap_note, overlap_record
+from .tables import check_batches, check_weights, fit_table, overlap_note, overlap_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,12 @@ def _under(policy: ExitPolicy, args: argparse.Namespace, inputs: Inputs) -> _Und
     table = inputs.table
     policy.check_model(inputs.model)
     check_weights(policy, (table.about or {}).get("weights"), args.force)
-    result = evaluate_policy(policy, fit_table(table, policy), inputs.costs)
+    fitted, costs = fit_table(table, policy), inputs.costs
+    if inputs.latency:
+        (profile,) = inputs.latency
+        check_batches(policy, profile.batch_size, profile.measured["mode"])
+        costs = profile.costs(exit_shares_of(policy, fitted))
+    result = evaluate_policy(policy, fitted, costs)
     return _UnderPolicy(policy, result, policy.overlap(table))
 
 
@@ -115,7 +121,7 @@ def _print_policy(under: _UnderPolicy, args: argparse.Namespace, inputs: Inputs)
     )
     print(f"as many leaving at each exit, but at random: accuracy {percent(result.random_accuracy)}")
     target: dict[str, Any] = under.policy.source.get("target", {})
-    if target.get("budget") is not None and unit == "MACs":
+    if target.get("budget") is not None and unit == ("s" if "latency" in under.policy.source else "MACs"):
         budget = target["budget"]
         print(f"budget {amount(budget, unit)}: {percent(result.cost / budget)} of it spent here")
     print_table(

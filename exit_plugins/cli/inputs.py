@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 
+from ..exits.costs import exit_costs
+from ..exits.latency import LatencyProfile, profile_latency
 from ..exits.policy import ExitPolicy
+from ..exits.protocol import exit_device
 from ..exits.table import ExitTable
 from ..timm.data import ImageView
-from .common import costs_of, open_data, start_processes
+from .common import open_data, start_processes
 from .models import Classifier, data_config, known_model, match_classes, model_classes, open_model
+from .modes import open_mode
 from .tables import check_table, collect
 
 
@@ -33,21 +38,29 @@ class Inputs:
     table: ExitTable
     images: ImageView | None
 
-    @property
+    @cached_property
     def costs(self) -> NDArray[Any]:
-        """Cumulative cost (K,) per image in ``unit``, found when first asked for.
+        """Cumulative cost (K,) per image in ``unit``, found when first asked for; of latency that of full batches.
 
         Of several processes only the main one should ask, since latency is measured.
         """
-        return self._priced[0]
+        if self.latency:
+            return self.latency[0].full_batches()
+        return exit_costs(self.model, self.config["input_size"]).macs
 
     @property
     def unit(self) -> str:
-        return self._priced[1]
+        return "s" if self.latency else "MACs"
 
     @cached_property
-    def _priced(self) -> tuple[NDArray[Any], str]:
-        return costs_of(self.args, self.model, self.config)
+    def latency(self) -> list[LatencyProfile]:
+        """Measured at each ``--cost-batch`` in ``--cost-mode``, when first asked for; none where MACs are the cost."""
+        return [self._profile(batch) for batch in self.args.cost_batch] if self.args.cost == "latency" else []
+
+    def _profile(self, batch: int) -> LatencyProfile:
+        images = torch.randn((batch, *self.config["input_size"]), generator=torch.Generator().manual_seed(0))
+        images = images.to(exit_device(self.model))
+        return profile_latency(open_mode(self.args.cost_mode, self.model, images), images)
 
     @property
     def class_names(self) -> list[str] | None:

@@ -15,7 +15,7 @@ from ..exits.export import RUNTIMES, ExportedAdaptiveModel, export_segments
 from ..exits.policy import ExitPolicy
 from ..exits.protocol import MultiExitModule
 
-__all__ = ["MODES", "recommended", "time_modes"]
+__all__ = ["MODES", "open_mode", "recommended", "time_modes"]
 
 MODES = {
     "plain": "the model as it is: fuse=False",
@@ -41,7 +41,7 @@ def time_modes(
     refused: dict[str, str] = {}
     for name in MODES:
         try:
-            ways[name] = _way(name, model, images)
+            ways[name] = open_mode(name, model, images)
             with ways[name].running(images.device):
                 exit_latency(ways[name].runner, images, repeats=1, warmup=2)  # compiles, and shows what does not run
         except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -63,7 +63,11 @@ def recommended(latency: dict[str, NDArray[np.float64]]) -> str:
     return min(latency, key=lambda name: float(latency[name].mean()))
 
 
-def _way(name: str, model: MultiExitModule, images: torch.Tensor) -> AdaptiveModel:
+def open_mode(name: str, model: MultiExitModule, images: torch.Tensor) -> AdaptiveModel:
+    """A copy of the model in one of ``MODES``, for such images (B, C, H, W); under its policy nobody leaves early.
+
+    ValueError for an export of a model that is not on the CPU, and what the runtime raises where it is missing.
+    """
     nobody = ExitPolicy([np.inf] * model.num_exits)
     if name not in RUNTIMES:
         own: MultiExitModule = copy.deepcopy(model)

@@ -49,7 +49,7 @@ from .models import (
     whole,
 )
 from .rows import ENDINGS, FORMATS, Journal, make_format, print_line
-from .tables import check_weights
+from .tables import check_batches, check_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,9 +165,11 @@ def _open_predictor(args: argparse.Namespace) -> Predictor:
         raise ValueError(f"--class-names names {len(shown)} classes, the model has {model.num_classes}.")
     network = cast(nn.Module, model)  # which no Protocol can say that it is
     names = shown or spoken_names(network, model_classes(model, known))
-    return Predictor(
+    predictor = Predictor(
         network, policy, data_config(args, model, known), names, mode=args.mode, top_k=args.top_k, reject=args.reject
     )
+    check_batches(policy, args.batch_size, predictor.adaptive.mode)
+    return predictor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,16 +3,23 @@
 Solve on images the model was not trained on. A guarantee (--certify) takes half of them for itself: the policy is then
 the cheapest whose answers differ from the last exit's (or whose accuracy falls short of its) by at most --epsilon.
 
+A budget in time (--cost latency) is solved for the batches that the policy leaves: where some leave, the others go on
+in a smaller batch, which takes longer per image. It holds for one batch size in one mode on one machine, which the
+policy file says.
+
 examples:
   exit-plugins solve dynperceiver_regnety_400mf --checkpoint model.safetensors --data path/to/images --split val \\
       --budget 0.4G -o policy.json
+  exit-plugins solve dynperceiver_regnety_400mf --checkpoint model.safetensors --table val.npz \\
+      --cost latency --cost-batch 1 8 --budget 12ms -o policy.json
   exit-plugins solve dynperceiver_regnety_400mf --table val.npz --certify ucb --epsilon 0.02 -o policy.json
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +28,7 @@ from numpy.typing import NDArray
 
 from ..exits.confidence import fit_temperatures
 from ..exits.control import cap_policy
+from ..exits.latency import LatencyProfile, solve_latency
 from ..exits.policy import ExitPolicy
 from ..exits.risk import LOSSES, RISK_METHODS, certify, samples_needed
 from ..exits.samples import SampleRecord
@@ -45,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_data_arguments(parser, splits=("validation",), max_bad=0)
     add_confidence_arguments(parser)
-    add_cost_arguments(parser)
+    add_cost_arguments(parser, several=True)
     parser.add_argument("--table", metavar="FILE", help="solve on this exit table instead of running the model")
     parser.add_argument("--save-table", metavar="FILE", help="write the exit table (.npz)")
     goal = parser.add_argument_group("goal (one of)").add_mutually_exclusive_group(required=True)
@@ -81,26 +89,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args)
     inputs = open_inputs(args)
     if not is_main():
         return 0
     model, table, costs = inputs.model, inputs.table, inputs.costs
     if args.max_exit is not None and args.max_exit > model.num_exits:
         raise ValueError(f"--max-exit {args.max_exit}: the model has {model.num_exits} exits.")
-    policy, needed = _certified(args, table, costs, model) if args.certify else (_solved(args, table, costs, model), 0)
+    if args.certify:
+        policy, needed = _certified(args, table, costs, model)
+        policy = _finished(args, policy, table)
+        _write(args, {args.output: policy}, [float(costs[-1])], inputs.unit)
+        if policy.certificate and (policy.thresholds[:-1] == np.inf).all():
+            print(_nothing_certified(policy.certificate, needed), file=sys.stderr)
+        return 0
+    profiles: list[LatencyProfile | None] = [*inputs.latency] or [None]
+    policies = [_finished(args, _solved(args, table, costs, model, profile), table) for profile in profiles]
+    last = [costs[-1] if profile is None else profile.full_batches()[-1] for profile in profiles]
+    _write(args, dict(zip(_outputs(args), policies, strict=True)), last, inputs.unit)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ValueError for options that mean nothing together."""
+    if len(args.cost_batch) == 1:
+        return
+    if args.cost != "latency" or args.certify:
+        raise ValueError(
+            "several --cost-batch are for budgets in time: give --cost latency with a goal other than --certify."
+        )
+    if len(set(args.cost_batch)) < len(args.cost_batch):
+        raise ValueError(f"--cost-batch names a size twice: {' '.join(map(str, args.cost_batch))}.")
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    """A policy's file; of several batch sizes each has its size in its name: a policy is for one."""
+    path = Path(args.output)
+    if len(args.cost_batch) == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-b{batch}{path.suffix}") for batch in args.cost_batch]
+
+
+def _finished(args: argparse.Namespace, policy: ExitPolicy, table: ExitTable) -> ExitPolicy:
+    """Capped where that is asked for, and with what the table knows of its images."""
     if args.max_exit is not None:
         policy = cap_policy(policy, max_exit=args.max_exit - 1)
     about = table.about or {}
     origin = {key: about.get(key) for key in ("data", "split", "holdout", "transform")}
-    policy = replace(policy, source={**policy.source, "data": origin})
-    policy.save(args.output)
+    return replace(policy, source={**policy.source, "data": origin})
+
+
+def _write(
+    args: argparse.Namespace, policies: Mapping[str | Path, ExitPolicy], last: Sequence[float], unit: str
+) -> None:
+    """Save the policies and print what they promise, beside the ``last`` exit's cost for each."""
+    for path, policy in policies.items():
+        policy.save(path)
     if args.json:
-        print_json({"policy": str(args.output), "thresholds": [str(t) for t in policy.thresholds], **_about(policy)})
-    else:
-        _print(args, policy, costs, inputs.unit)
-    if policy.certificate and (policy.thresholds[:-1] == np.inf).all():
-        print(_nothing_certified(policy.certificate, needed), file=sys.stderr)
-    return 0
+        found = [
+            {"policy": str(path), "thresholds": [str(t) for t in policy.thresholds], **_about(policy)}
+            for path, policy in policies.items()
+        ]
+        print_json(found[0] if len(found) == 1 else {"policies": found})
+        return
+    for (path, policy), most in zip(policies.items(), last, strict=True):
+        _print(path, policy, most, unit)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,9 +165,17 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _solved(args: argparse.Namespace, table: ExitTable, costs: NDArray[Any], model: Classifier) -> ExitPolicy:
+def _solved(
+    args: argparse.Namespace,
+    table: ExitTable,
+    costs: NDArray[Any],
+    model: Classifier,
+    profile: LatencyProfile | None,
+) -> ExitPolicy:
     if args.temperatures:
         table = _calibrated(table, table)
+    if profile is not None:
+        costs = profile.full_batches()
     target: dict[str, Any] = {}
     if args.budget is not None:
         target["budget"] = parse_budget(args.budget, costs)
@@ -122,6 +183,8 @@ def _solved(args: argparse.Namespace, table: ExitTable, costs: NDArray[Any], mod
         target["accuracy"] = max(0.0, float(table.correct[-1].mean()) - args.drop)
     else:
         target["accuracy"] = args.accuracy
+    if profile is not None:
+        return solve_latency(table, profile, model=model, **target, **_options(args))
     return solve_thresholds(table, costs, model=model, **target, **_options(args))
 
 
@@ -157,12 +220,14 @@ def _calibrated(table: ExitTable, fitting: ExitTable) -> ExitTable:
     return table.with_confidence(temperatures=found)
 
 
-def _print(args: argparse.Namespace, policy: ExitPolicy, costs: NDArray[Any], unit: str) -> None:
+def _print(path: str | Path, policy: ExitPolicy, last: float, unit: str) -> None:
     about = policy.source
+    latency = about.get("latency")
+    batches = f", in batches of {latency['batch_size']} ({latency['mode']})" if latency else ""
     print(
-        f"{args.output}: accuracy {percent(about['accuracy'])}, mean cost {amount(about['cost'], unit)} "
-        f"({percent(about['cost'] / costs[-1])} of the last exit), on the {about['samples']['count']} images it was "
-        "solved on"
+        f"{path}: accuracy {percent(about['accuracy'])}, mean cost {amount(about['cost'], unit)} "
+        f"({percent(about['cost'] / last)} of the last exit{batches}), on the {about['samples']['count']} images it "
+        "was solved on"
     )
     print("thresholds", ", ".join(f"{t:.4g}" for t in policy.thresholds))
     if policy.certificate:

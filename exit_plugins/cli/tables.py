@@ -143,6 +143,18 @@ def check_weights(policy: ExitPolicy, weights: str | None, force: bool) -> None:
         raise ValueError(f"{message}, and its certificate does not hold for these; certify again, or give --force.")
 
 
+def check_batches(policy: ExitPolicy, batch_size: int, mode: str) -> None:
+    """Say it if the policy keeps to a mean time in other batches, or in another mode, than it will run in."""
+    latency = policy.source.get("latency") or {}
+    solved = latency.get("batch_size"), latency.get("mode")
+    if latency and solved != (batch_size, mode):
+        print(
+            f"note: the policy's budget is a mean time in batches of {solved[0]} ({solved[1]}), and these are of "
+            f"{batch_size} ({mode}), which take other times; solve with --cost latency --cost-batch {batch_size}.",
+            file=sys.stderr,
+        )
+
+
 def shared_samples(table: ExitTable, other: ExitTable) -> int | None:
     """How many samples of a table are in another one too; None where one of them does not know its samples."""
     if table.sample is None or other.sample is None:

@@ -6,6 +6,7 @@ from .confidence import fit_temperatures
 from .control import BudgetController, cap_policy
 from .costs import ExitCosts, exit_costs, exit_latency
 from .evaluation import anytime_curve, budgeted_curve, evaluate_policy
+from .latency import profile_latency, solve_latency
 from .losses import MultiExitLoss
 from .policy import ExitPolicy
 from .protocol import MultiExit, MultiExitModule
@@ -33,5 +34,7 @@ __all__ = [
     "evaluate_policy",
     "fit_temperatures",
     "policy_path",
+    "profile_latency",
+    "solve_latency",
     "solve_thresholds",
 ]

@@ -115,6 +115,12 @@ class AdaptiveModel(nn.Module):
         self._plan = Plan.of(policy)  # one assignment, read once a call
 
     @property
+    def mode(self) -> str:
+        """How segments run: ``plain``, ``fused`` or ``compiled``, and the mixed precision; of exports their runtime."""
+        form = "compiled" if self.compiles else "fused" if self.fused else str(getattr(self.model, "mode", "plain"))
+        return form if self.dtype is None else f"{form}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
     def plan(self) -> Plan:
         """What a call that begins now runs under to its end, whatever policy is set meanwhile."""
         return self._plan

@@ -25,6 +25,7 @@ __all__ = [
     "exit_latency",
     "mean_cost",
     "segment_times",
+    "synchronizer",
 ]
 
 
@@ -95,7 +96,7 @@ def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3)
     if repeats < 1 or warmup < 0:
         raise ValueError(f"expected repeats >= 1 and warmup >= 0, got {repeats} and {warmup}.")
     device = exit_device(model)
-    synchronize = _synchronizer(device)
+    synchronize = synchronizer(device)
     times = np.zeros((repeats, model.num_exits))
     training, x = model.training, x.to(device)
     model.eval()
@@ -115,7 +116,7 @@ def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3)
     return np.cumsum(segments)
 
 
-def _synchronizer(device: torch.device) -> Callable[[], None]:
+def synchronizer(device: torch.device) -> Callable[[], None]:
     """Waits for what the device has been given to do, so that a clock sees it."""
 
     def wait() -> None:
@@ -161,7 +162,7 @@ def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2)
     if repeats < 1 or warmup < 0 or x.shape[0] == 0:
         raise ValueError(f"expected repeats >= 1, warmup >= 0 and images, got {repeats}, {warmup}, {tuple(x.shape)}.")
     device = exit_device(module)
-    synchronize = _synchronizer(device)
+    synchronize = synchronizer(device)
     sizes = sorted({1, *(max(round(x.shape[0] * part), 1) for part in (0.25, 0.5, 0.75, 1.0))})
     segment = np.zeros((repeats, module.num_exits, len(sizes)))
     gather = np.zeros_like(segment)

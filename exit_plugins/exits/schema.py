@@ -178,6 +178,7 @@ SOURCE: Fields = {
     "shares": ("numbers from 0 to 1", a_list_of(_is_share)),
     "options": ("a mapping", is_mapping),
     "path": ("a mapping", is_mapping),
+    "latency": ("a mapping", is_mapping),
 }
 
 CERTIFICATE: Fields = {

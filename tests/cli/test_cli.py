@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +175,39 @@ def test_solve_for_latency_takes_budgets_in_time(folder, capsys, tmp_path):
         "--cost", "latency", "--budget", "100%", "-o", tmp_path / "p.json",
     )  # fmt: skip
     assert 0 < found["source"]["cost"] < 60
+    policy = ExitPolicy.load(tmp_path / "p.json")
+    latency = policy.source["latency"]
+    assert latency["batch_size"] == 1 and latency["mode"] == "fused" and latency["threads"] == torch.get_num_threads()
+    assert policy.costs @ np.array(policy.source["shares"]) == pytest.approx(policy.source["cost"])
+
+
+def test_solve_for_latency_writes_a_policy_for_every_batch_size(folder, capsys, tmp_path):
+    common = [MODEL, "--num-classes", 10, "--table", folder / "table.npz", "--cost", "latency", "--cost-batch"]
+    found = run_json(capsys, "solve", *common, 1, 4, "--accuracy", 0.1, "-o", tmp_path / "p.json")
+    assert [Path(one["policy"]).name for one in found["policies"]] == ["p-b1.json", "p-b4.json"]
+    for batch in (1, 4):
+        policy = ExitPolicy.load(tmp_path / f"p-b{batch}.json")
+        assert policy.source["latency"]["batch_size"] == batch and policy.source["accuracy"] >= 0.1
+    assert main([*map(str, ["solve", *common, 4, "--accuracy", 0.1, "-o", tmp_path / "p.json"])]) == 0
+    said = capsys.readouterr().out
+    assert "in batches of 4 (fused)" in said and "p.json: accuracy" in said
+    for options, message in (
+        (["--cost-batch", 1, 4], "several --cost-batch are for budgets in time"),
+        (["--cost", "latency", "--cost-batch", 4, 4], "--cost-batch names a size twice: 4 4"),
+    ):
+        assert main([*map(str, ["solve", *common[:5], *options, "--accuracy", 0.1])]) == 2
+        assert message in capsys.readouterr().err
+    # Elsewhere it is said that the budget is not for these batches.
+    args = ["evaluate", *common, 2, "--policy", tmp_path / "p-b4.json", "--json"]
+    assert main([*map(str, args)]) == 0
+    said = capsys.readouterr()
+    assert "a mean time in batches of 4 (fused), and these are of 2 (fused)" in said.err
+    assert json.loads(said.out)["policy"]["cost"] > 0
+    view = open_dataset("digits", "validation")
+    view[0][0].save(tmp_path / "0.png")
+    args = ["predict", tmp_path / "0.png", "--policy", tmp_path / "p-b4.json", *weights(folder)]
+    assert main([*map(str, args)]) == 0
+    assert "in batches of 4 (fused), and these are of 1 (fused)" in capsys.readouterr().err
 
 
 def test_predict_answers_as_the_adaptive_model_does(folder, capsys, tmp_path):

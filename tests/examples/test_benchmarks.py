@@ -14,6 +14,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 import adaptive
 import forward
+import latency_budget
 import measure_all
 import report
 import rivals
@@ -237,6 +238,24 @@ def test_solvers_on_random_tables(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         solvers.main()
     assert "give two tables and --costs, or none of them" in capsys.readouterr().err
+
+
+def test_budgets_in_time_from_a_run_to_their_table(tmp_path, monkeypatch):
+    path = tmp_path / "budgets.json"
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    options = ["--batch", "1", "4", "--images", "16", "--repeats", "1", "--threads", "1", "--system-malloc"]
+    monkeypatch.setattr(sys, "argv", ["latency_budget.py", "dynperceiver_test", *options, "--json", str(path)])
+    latency_budget.main()
+    document = json.loads(path.read_text())
+    assert [row["batch"] for row in document["rows"]] == [1] * 4 + [4] * 4
+    assert all(row["solved_ms"] <= row["budget_ms"] and row["expected_ms"] > 0 for row in document["rows"])
+    assert TABLES["latency_budget"](document).count("\n") == 9
+    kept = next(target for target in TARGETS if target.name == "latency_budget")
+    row = dict(document["rows"][0], measured_over_budget=1.04)
+    assert (
+        kept.row({"rows": [row]})[2] == "yes"
+        and kept.row({"rows": [row, dict(row, measured_over_budget=0.9)]})[2] == "no"
+    )
 
 
 def test_what_reaches_a_target():

@@ -71,6 +71,12 @@ class ExportedSegments(MultiExit, nn.Module):
             ]
         self.eval()
 
+    @property
+    def mode(self) -> str:
+        """The runtime, and the precision where it is lower than float32: what ``AdaptiveModel.mode`` says."""
+        runtime, precision = self.manifest["runtime"], self.manifest["precision"]
+        return f"{runtime}" if precision == "float32" else f"{runtime}, {precision}"
+
     def inputs(self, index: int) -> list[str]:
         """Names of the leaves that segment ``index`` reads; those it only hands on may be missing."""
         return self._sessions[index].inputs
