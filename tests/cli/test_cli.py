@@ -87,14 +87,14 @@ def test_profile_counts_what_exit_costs_counts(capsys):
 def test_profile_times_the_modes_that_run_and_names_the_fastest(capsys, monkeypatch):
     from exit_plugins.cli import modes
 
-    way = modes._way
+    way = modes.open_mode
 
     def without_engines(name, model, images):
         if name in ("compiled", "onnx", "openvino"):
             raise ImportError("this needs an engine, which is not installed")
         return way(name, model, images)
 
-    monkeypatch.setattr(modes, "_way", without_engines)
+    monkeypatch.setattr(modes, "open_mode", without_engines)
     found = run_json(capsys, "profile", MODEL, "--modes", "--repeats", 2, "--batch-size", 2)
     means = {row["mode"]: sum(row["latency"]) for row in found["modes"]}
     assert list(means) == ["plain", "channels_last", "fused"] and found["recommended"] == min(means, key=means.get)
