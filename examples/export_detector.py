@@ -11,6 +11,7 @@ pipeline does it, and gives ``boxes`` (N, 4) as left, top, right, bottom in its 
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import mmcv
@@ -28,6 +29,9 @@ from mmengine.config import Config, DictAction
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.export import Dim
+
+from exit_plugins.exits.export import onnx_program
+from exit_plugins.timm.layers import fold_batch_norms
 
 
 class OneImage(nn.Module):
@@ -54,11 +58,16 @@ class OneImage(nn.Module):
         scores, labels, deltas, priors = (torch.cat(parts) for parts in zip(*levels, strict=True))
         boxes = head.bbox_coder.decode(priors, deltas, max_shape=size)
         kept = (scores > cfg.score_thr) & ((boxes[:, 2:] - boxes[:, :2]) > cfg.get("min_bbox_size", -1)).all(1)
-        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        boxes, scores, labels = self._taken(kept.nonzero().squeeze(1), boxes, scores, labels)
         # Boxes of different classes do not suppress each other: each class has its own place.
         apart = boxes + labels.unsqueeze(1) * (size[0] + size[1])
         best = torchvision.ops.nms(apart, scores, cfg.nms.iou_threshold)[: cfg.max_per_img]
-        return boxes[best], scores[best], labels[best]
+        return self._taken(best, boxes, scores, labels)
+
+    @staticmethod
+    def _taken(rows: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+        """Rows of all columns by their numbers: one node each, where indexing with a tensor is exported as seven."""
+        return tuple(column.index_select(0, rows) for column in columns)
 
     def _prepared(self, image: Tensor) -> Tensor:
         """What the detector's data preprocessor does: RGB, normalised, padded at the right and below."""
@@ -75,23 +84,20 @@ class OneImage(nn.Module):
         scores = scores[0].permute(1, 2, 0).flatten().sigmoid()
         scores, place = scores.topk(torch.sym_min(head.test_cfg.nms_pre, scores.shape[0]))
         anchor, label = place // head.cls_out_channels, place % head.cls_out_channels
-        return scores, label, deltas[0].permute(1, 2, 0).reshape(-1, 4)[anchor], priors[anchor]
+        return (scores, label, *self._taken(anchor, deltas[0].permute(1, 2, 0).reshape(-1, 4), priors))
 
 
-@torch.no_grad()
 def export(detector: nn.Module, image: Tensor, path: Path, any_size: bool) -> None:
     """Write ``detector`` for images of the size of ``image`` (1, 3, H, W), or of any size."""
-    torch.onnx.export(
+    detector = fold_batch_norms(copy.deepcopy(detector).eval())
+    program = onnx_program(
         OneImage(detector).eval(),
         (image,),
-        path,
-        dynamo=True,
-        input_names=["image"],
-        output_names=["boxes", "scores", "labels"],
+        ["image"],
+        ["boxes", "scores", "labels"],
         dynamic_shapes=({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if any_size else None,
-        external_data=False,  # weights in the same file
-        verbose=False,
     )
+    program.save(path, external_data=False)  # weights in the same file
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from ..deprecation import moved
 from .exported import ExportedAdaptiveModel, ExportedSegments, GraphRunner
 from .manifest import RUNTIMES
 from .quantization import LOWER_PRECISIONS, quantize_segments
+from .tracing import onnx_program
 from .writing import export_graph, export_segments
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "GraphRunner",
     "export_graph",
     "export_segments",
+    "onnx_program",
     "quantize_segments",
 ]
 

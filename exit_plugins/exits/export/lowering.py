@@ -55,7 +55,8 @@ def _attention(
     """``F.scaled_dot_product_attention``; None for the kinds that are left to torch's exporter."""
     if dropout_p or is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
         return None
-    if query.dim() == 4 and isinstance(query.shape[1], int) and query.shape[1] == query.shape[2]:
+    heads_and_queries = query.shape[1:3]
+    if query.dim() == 4 and all(isinstance(size, int) for size in heads_and_queries) and len({*heads_and_queries}) == 1:
         return _attention_in_three_dimensions(query, key, value, attn_mask, scale)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if attn_mask is not None:
@@ -98,8 +99,12 @@ def simplify(program: Any) -> Any:
             _fix_shape(ir, graph, node)
     for node in list(graph):
         if node.op_type == "Reshape":
-            _shorten(ir, graph, node)
+            _shorten(ir, node)
     optimizer.fold_constants(program.model)
+    ir.passes.common.ShapeInferencePass()(program.model)  # the exporter notes types and shapes of the torch graph only
+    for node in list(graph):
+        if node.op_type in _MAY_DO_NOTHING:
+            _leave_out(ir, graph, node)
     optimizer.remove_unused_nodes(program.model)
     ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program.model)
     return program
@@ -125,13 +130,50 @@ def _fix_shape(ir: Any, graph: Any, node: Any) -> None:
     node.replace_input_with(1, fixed)
 
 
-def _shorten(ir: Any, graph: Any, node: Any) -> None:
-    """Of Reshapes in a row the last is enough, and none that changes nothing."""
-    before = node.inputs[0].producer()
-    if before is not None and before.op_type == "Reshape":
+def _shorten(ir: Any, node: Any) -> None:
+    """Of changes of shape in a row that end in a Reshape, it is enough: they keep the order of the elements."""
+    before, shape = node.inputs[0].producer(), ir.convenience.get_const_tensor(node.inputs[1])
+    if shape is not None and 0 in shape.numpy():  # may stand for a size of the input
+        return
+    if before is not None and before.op_type in ("Reshape", "Squeeze", "Unsqueeze"):
         node.replace_input_with(0, before.inputs[0])
-    given, changed = node.inputs[0], node.outputs[0]
-    same = given.shape is not None and changed.shape is not None and list(given.shape) == list(changed.shape)
-    if same and not changed.is_graph_output():
-        ir.convenience.replace_all_uses_with(changed, given)
-        graph.remove(node, safe=True)
+
+
+def _leave_out(ir: Any, graph: Any, node: Any) -> None:
+    """A node that changes nothing: torch writes a Slice for each ``:`` before a dimension, a Cast for every index."""
+    given, left = node.inputs[0], node.outputs[0]
+    if left.is_graph_output() or not _MAY_DO_NOTHING[node.op_type](ir, node, given, left):
+        return
+    ir.convenience.replace_all_uses_with(left, given)
+    graph.remove(node, safe=True)
+
+
+def _keeps_order(ir: Any, node: Any, given: Any, left: Any) -> bool:
+    axes = node.attributes.get("perm")  # without it they are turned round
+    return axes is not None and list(axes.as_ints()) == sorted(axes.as_ints())
+
+
+def _takes_everything(ir: Any, node: Any, given: Any, left: Any) -> bool:
+    steps = None
+    if len(node.inputs) > 4 and node.inputs[4] is not None:  # without steps they are ones
+        steps = ir.convenience.get_const_tensor(node.inputs[4])
+        if steps is None or (steps.numpy() < 0).any():  # may turn elements round
+            return False
+    return _same_shape(given.shape, left.shape)
+
+
+_MAY_DO_NOTHING: dict[str, Callable[[Any, Any, Any, Any], bool]] = {
+    "Cast": lambda ir, node, given, left: (
+        given.dtype is not None and int(given.dtype) == node.attributes["to"].as_int()
+    ),
+    "Reshape": lambda ir, node, given, left: _same_shape(given.shape, left.shape),
+    "Slice": _takes_everything,
+    "Transpose": _keeps_order,
+}
+
+
+def _same_shape(one: Any, other: Any) -> bool:
+    if one is None or other is None or len(one) != len(other):
+        return False
+    # Sizes that have neither a number nor a name are equal to nothing.
+    return all(a == b and (isinstance(a, int) or a.value is not None) for a, b in zip(one, other, strict=True))

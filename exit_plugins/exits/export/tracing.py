@@ -1,7 +1,7 @@
-"""From torch to ONNX: every segment as a program of its own, with a free batch."""
+"""From torch to ONNX, without bookkeeping of shapes: any module, and every segment with a free batch."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..protocol import MultiExitModule, State
 from .lowering import PlainOperations, simplify
 from .runtimes import leaf_names, require
 
-__all__ = ["onnx_segments"]
+__all__ = ["onnx_program", "onnx_segments"]
 
 _OPSET = 20
 
@@ -43,6 +43,47 @@ class _Segment(nn.Module):
 
 
 @torch.no_grad()
+def onnx_program(
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: Any = None,
+) -> Any:
+    """Any module as a torch.onnx program in the operations that exports are written in; ``.save(path)`` writes it.
+
+    Args:
+        module: in evaluation mode.
+        args: what it is traced on.
+        input_names, output_names: a name for each tensor of ``args``, and for each it answers with.
+        dynamic_shapes: as of ``torch.export.export``; None: all shapes are those of ``args``.
+    """
+    require("onnx")
+    require("onnxscript")
+    return _written(_traced(module, args, dynamic_shapes), input_names, output_names)
+
+
+def _traced(module: nn.Module, args: tuple[Tensor, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    # oneDNN's choice of kernels would bind the batch to a range; the exported graph has no such kernels.
+    with _quietly(), torch.backends.mkldnn.flags(enabled=False), PlainOperations():
+        return torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
+
+
+def _written(program: torch.export.ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]) -> Any:
+    with _quietly(), torch.backends.mkldnn.flags(enabled=False):
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=_OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+            optimize=False,
+        )
+        return simplify(written)
+
+
+@torch.no_grad()
 def onnx_segments(model: MultiExitModule, images: Tensor) -> Iterable[Any]:
     """Each segment as a torch.onnx program, with inputs leaf_0... and outputs logits, next_0... and a free batch.
 
@@ -56,27 +97,15 @@ def onnx_segments(model: MultiExitModule, images: Tensor) -> Iterable[Any]:
         leaves = tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in flat)
         segment = _Segment(model, index, spec).eval()
         dynamic = (tuple({0: torch.export.Dim("batch")} for _ in leaves),)
-        # oneDNN's choice of kernels would bind the batch to a range; the exported graph has no such kernels.
-        with _quietly(), torch.backends.mkldnn.flags(enabled=False):
-            try:
-                with PlainOperations():
-                    program = torch.export.export(segment, leaves, dynamic_shapes=dynamic)
-            except Exception as error:
-                raise ValueError(
-                    f"segment {index} of {type(model).__name__} cannot be exported with a free batch size: "
-                    f"{str(error).splitlines()[0]} (write x.shape[0] rather than len(x), and no branches on values)."
-                ) from error
-            outputs = segment(*leaves)
-            written = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=_OPSET,
-                input_names=leaf_names(len(leaves)),
-                output_names=["logits", *(f"next_{i}" for i in range(len(outputs) - 1))],
-                verbose=False,
-                optimize=False,
-            )
-            yield simplify(written)
+        try:
+            program = _traced(segment, leaves, dynamic)
+        except Exception as error:
+            raise ValueError(
+                f"segment {index} of {type(model).__name__} cannot be exported with a free batch size: "
+                f"{str(error).splitlines()[0]} (write x.shape[0] rather than len(x), and no branches on values)."
+            ) from error
+        outputs = segment(*leaves)
+        yield _written(program, leaf_names(len(leaves)), ["logits", *(f"next_{i}" for i in range(len(outputs) - 1))])
         if index < model.num_exits - 1:
             state = model.begin_exits(state) if index == 0 else state
             _, state = model.forward_exit(index, state)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from traced_models import traced
+from traced_models import SMALL, traced
 
 import exit_plugins.timm
 from exit_plugins.exits.export.runtimes import openvino_session
@@ -22,7 +22,7 @@ def kinds(name: str) -> list[Counter[str]]:
     return [Counter(node.op_type for node in program.model_proto.graph.node) for program in traced(name)[2]]
 
 
-@pytest.mark.parametrize("name", ["conv", "nested", *REGISTERED])
+@pytest.mark.parametrize("name", [*SMALL, *REGISTERED])
 def test_segments_compute_no_types_and_hardly_a_shape(name):
     for count in kinds(name):
         assert not count.keys() & {"CastLike", "SequenceAt", "SplitToSequence", "Constant", "Sqrt"}
@@ -39,6 +39,44 @@ def test_nodes_of_dyn_perceiver_do_not_grow_back():
     assert sum(third.values()) <= 18 and sum(last.values()) <= 40
     # What engines have a kernel for is one node.
     assert first["LayerNormalization"] == 27 and first["Gelu"] == first["Softmax"] == 9
+
+
+def test_nodes_of_a_vision_transformer_with_exits_do_not_grow_back():
+    segments = kinds("vit")
+    for index, count in enumerate(segments):
+        # Two blocks each: heads apart (a Reshape, a Transpose), one selection for queries, keys and values, keys turned
+        # round, heads together again. The first segment makes tokens of the map and sets the class token before them.
+        first, last = index == 0, index == len(segments) - 1
+        assert count["Reshape"] == 4 + first and count["Transpose"] == 6 + first and count["Gather"] == 6 + last
+        assert (
+            count["Slice"] == (not last) and count["Shape"] == count["Expand"] == first
+        )  # an exit's mean; one a sample
+        assert not count.keys() & {"Squeeze", "Unsqueeze", "Split", "Cast"} and sum(count.values()) <= 62
+        assert count["MatMul"] == 12 and count["Gelu"] == count["Softmax"] == 2
+
+
+class Turned(MultiExit, nn.Module):
+    """Slices and changes of order that do nothing, and some of the same shape that do something."""
+
+    num_exits = 1
+
+    def begin_exits(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward_exit(self, index: int, x: Tensor) -> tuple[Tensor, tuple]:
+        same = x[:, :].permute(0, 1, 2).unsqueeze(1).view(x.shape[0], 4, 4)
+        return (same.flip(2) + same.transpose(1, 2) + same[:, :, 1:].sum(2, keepdim=True)).flatten(1), ()
+
+
+def test_only_what_does_nothing_is_left_out():
+    model, x = Turned().eval(), torch.randn(5, 4, 4)
+    (program,) = onnx_segments(model, x)
+    count = Counter(node.op_type for node in program.model_proto.graph.node)
+    assert (count["Slice"], count["Transpose"], count["Reshape"], count["Unsqueeze"]) == (2, 1, 1, 0)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for size in (1, 5):
+        (found,) = session.run(None, {"leaf_0": x[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model.forward_exit(0, x[:size])[0])
 
 
 class Attentive(MultiExit, nn.Module):

@@ -6,12 +6,16 @@ import timm
 import torch
 from small_models import ConvExits, NestedExits, settle
 
-from exit_plugins import ExitPolicy
+from exit_plugins import ExitPolicy, add_exits
 from exit_plugins.exits.adaptive import inference_copy
 from exit_plugins.exits.export import writing
 from exit_plugins.exits.export.tracing import onnx_segments
 
-SMALL = {"conv": ConvExits, "nested": NestedExits}
+SMALL = {
+    "conv": ConvExits,
+    "nested": NestedExits,
+    "vit": lambda: add_exits(timm.create_model("test_vit", img_size=32, num_classes=5), exits=3).eval(),
+}
 SIZE = (3, 32, 32)
 
 
