@@ -24,6 +24,7 @@ from bench_tables import TABLES
 from bench_targets import TARGETS
 from measure_all import RUNS
 from modes import MODES, OneExit, runner, to_exit
+from time_per_mac import PAIRS
 from timing import interleaved, spread
 from token_merging import MergingTransformer, merge_tokens
 
@@ -256,6 +257,11 @@ def test_budgets_in_time_from_a_run_to_their_table(tmp_path, monkeypatch):
         kept.row({"rows": [row]})[2] == "yes"
         and kept.row({"rows": [row, dict(row, measured_over_budget=0.9)]})[2] == "no"
     )
+
+
+def test_every_pair_of_time_per_mac_exists():
+    for name, plain in PAIRS.items():
+        assert timm.is_model(name.partition(" + ")[0]) and timm.is_model(plain), name
 
 
 def test_what_reaches_a_target():
