@@ -43,10 +43,11 @@ def main() -> None:
     use_clock(args)
     model = timm.create_model(args.model).eval()
     size = model.pretrained_cfg["input_size"]
-    # From faint to strong, in random order, so that confidences differ.
-    strength = torch.linspace(0.2, 2.0, args.images)[torch.randperm(args.images)]
-    images = torch.randn(args.images, *size) * strength.view(-1, 1, 1, 1)
+    # From faint to strong, so that confidences differ; each half has as many of every strength, in random order.
     half = args.images // 2
+    order = torch.cat([2 * torch.randperm(half), 2 * torch.randperm(half) + 1])
+    strength = torch.linspace(0.2, 2.0, 2 * half)[order]
+    images = torch.randn(2 * half, *size) * strength.view(-1, 1, 1, 1)
     table, run_table = table_of(model, images[:half]), table_of(model, images[half:])
     adaptive = AdaptiveModel(model, ExitPolicy([np.inf] * model.num_exits))
     clock = time.process_time if args.cpu_time else time.perf_counter
