@@ -70,6 +70,9 @@ def quantize_openvino(source: Path, target: Path, feeds: Feeds, weights_only: bo
             nncf.Dataset(feeds),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(feeds),
+            # Biases corrected layer after layer, each behind those that are: of the 0.6 points the fast way lost at the
+            # last exit, none was lost so (3,000 images), in a third more time.
+            fast_bias_correction=False,
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
             advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=extremes),
         )
