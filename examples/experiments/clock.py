@@ -88,19 +88,20 @@ def contenders(field: Field, place: Place, seed: int) -> list[Contender]:
     return found
 
 
-def runner(engine: str, contender: Contender, policy: ExitPolicy, folder: Path) -> nn.Module:
-    """The network under a policy, ready to answer, in an engine. Exported once into ``folder``."""
+def runner(engine: str, contender: Contender, folder: Path) -> nn.Module:
+    """The network ready to answer in an engine, one copy for all of its policies. Exported into ``folder``."""
+    policy = contender.policies[0][0]
     if engine == "torch" and contender.model.num_exits == 1:
         return inference_copy(contender.model.to(memory_format=torch.channels_last))  # as its users run it
     if engine == "torch":
         return AdaptiveModel(contender.model.to(memory_format=torch.channels_last), policy, fuse=True)
-    if not folder.is_dir():
-        export_segments(contender.model, policy, folder, tuple(contender.images.shape[1:]), "openvino")
+    export_segments(contender.model, policy, folder, tuple(contender.images.shape[1:]), "openvino")
     return ExportedAdaptiveModel(folder, policy=policy, threads=torch.get_num_threads())
 
 
 @torch.inference_mode()
-def over(model: nn.Module, images: Tensor, batch: int) -> None:
+def over(model: nn.Module, policy: ExitPolicy, images: Tensor, batch: int) -> None:
+    model.policy = policy
     for part in images.split(batch):
         model(part)
 
@@ -114,19 +115,22 @@ def measure(data: str, place: Place, folder: Path, seed: int) -> Result:
     points: list[dict[str, Any]] = []
     for engine in ENGINES:
         with tempfile.TemporaryDirectory() as exported:
+            models: dict[str, nn.Module] = {}
+            for one in found:
+                try:
+                    models[one.name] = runner(engine, one, Path(exported) / one.name)
+                except RuntimeError as refused:
+                    print(f"left out: {one.name} in {ENGINES[engine]}, {refused}")
             for batch in BATCHES:
                 runs: dict[str, Callable[[], None]] = {}
                 about: dict[str, dict[str, Any]] = {}
                 for one in found:
+                    if one.name not in models:
+                        continue
                     for index, (policy, accuracy, macs) in enumerate(one.policies):
-                        try:
-                            model = runner(engine, one, policy, Path(exported) / one.name)
-                        except RuntimeError as refused:
-                            print(f"left out: {one.name} in {ENGINES[engine]}, {refused}")
-                            break
                         key = f"{one.name} {index}"
                         images = one.images[: batch * 2] if place.small else one.images
-                        runs[key] = partial(over, model, images, batch)
+                        runs[key] = partial(over, models[one.name], policy, images, batch)
                         about[key] = {"name": one.name, "static": one.static, "accuracy": accuracy, "macs": macs}
                 times = interleaved(runs, 1 if place.small else ROUNDS)
                 for key, seconds in times.items():
