@@ -167,7 +167,10 @@ def draw(result: Result, path: Path) -> None:
     for row, engine in zip(axes, engines, strict=True):
         for panel, batch in zip(row, BATCHES, strict=True):
             found = curves(result, engine, batch)
+            several = any(name.endswith("any size") for name in found)
             for name, (ms, accuracy) in found.items():
+                if several and name != "static" and not name.endswith("any size"):
+                    continue  # what was tried at one size alone stands in the table
                 if name == "static":
                     panel.plot(ms, 100 * accuracy, linestyle="", marker="s", color="0.4", label="static networks")
                     best_ms, best = frontier(list(zip(ms, accuracy, strict=True)))
