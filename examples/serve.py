@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Full
 
 import numpy as np
+import torch
 import uvicorn
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -69,7 +70,8 @@ class Service:
     def __init__(self, predictor: Predictor, args: argparse.Namespace) -> None:
         self.predictor, self.args, self.inside = predictor, args, 0
         self.queue = RequestQueue(predictor.adaptive, batch_size=args.batch_size, capacity=args.capacity)
-        self.readers = ThreadPoolExecutor(os.cpu_count())
+        # Each on one thread: OpenMP's for all of them would slow down the queue's.
+        self.readers = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
         self.metrics = Metrics(predictor.policy.num_exits)
         self.controller: BudgetController | None = None
         self.answered = self.spent = 0

@@ -31,7 +31,7 @@ RUNS = {
     "modes": f"exit-plugins profile {MODEL} --modes --threads 2",
     "time_per_mac": "time_per_mac.py --threads 1 --batch 1 8 --repeats 5",
     "latency_budget": f"latency_budget.py {MODEL} --threads 1 --batch 1 8 32",
-    "request_load": "request_load.py --threads 2 --requests 200 --rates 0.7 0.8 0.9 1 1.1 1.2",
+    "request_load": "request_load.py --threads 2 --requests 200 --rates 0.5 0.6 0.7 0.8 0.9 1 1.1",
     "rivals": "rivals.py --threads 2 --repeats 5",
     "precision": "precision.py msdnet_cifar_batch.cifar100 with_exits_tf_efficientnet_lite0.caltech101 "
     "--data cifar100 caltech101 --split test --budget 85% --threads 1 --batch 1 16",

@@ -23,6 +23,7 @@ from timing import add_clock_arguments, machine, use_clock, write_json
 from torch import Tensor
 
 from exit_plugins import AdaptiveModel, RequestQueue, collect_exits
+from exit_plugins.exits.openmp import release_idle_workers
 
 
 class PlainBatching:
@@ -36,6 +37,7 @@ class PlainBatching:
         self.thread.start()
 
     def submit(self, image: Tensor) -> Future:
+        release_idle_workers()  # as RequestQueue does
         future: Future = Future()
         with self.changed:
             self.waiting.append((image, future))

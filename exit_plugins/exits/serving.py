@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .adaptive import AdaptiveModel, ExitOutput, Plan
 from .confidence import confidence
+from .openmp import release_idle_workers
 from .protocol import State, sample_dimensions, select_samples
 
 __all__ = ["QueueStatistics", "RequestQueue"]
@@ -68,6 +69,10 @@ class RequestQueue:
     has a queue of its own, and those that one batch left over wait for those of the next, so that deep segments run on
     full batches too. One thread runs the model; it never waits while anybody does.
 
+    That thread is as fast as the main one only while the threads that submit keep no OpenMP threads of their own. These
+    are let go with every ``submit`` (``openmp.release_idle_workers``); a thread that prepares images, too, should do so
+    under ``torch.set_num_threads(1)``.
+
     Which segment runs: the one with the most samples waiting (up to ``batch_size``), the deeper of two alike; but once
     somebody has waited for a segment longer than ``max_wait``, who has waited longest comes first.
 
@@ -106,6 +111,9 @@ class RequestQueue:
         self._closing = False
         # Guards all of the above; told whenever something of it changes that somebody may wait for.
         self._changed = threading.Condition()
+        # Its own number, whatever others are told later.
+        self._threads = torch.get_num_threads()
+        release_idle_workers()
         self._thread = threading.Thread(target=self._work, name="exit_plugins.RequestQueue", daemon=True)
         self._thread.start()
 
@@ -148,6 +156,7 @@ class RequestQueue:
             self._waiting[0].append(_Chunk([request], sample.unsqueeze(0), time.monotonic()))
             self._inside += 1
             self._changed.notify_all()
+        release_idle_workers()
         return request.future
 
     def close(self, cancel: bool = False) -> None:
@@ -183,6 +192,7 @@ class RequestQueue:
 
     def _work(self) -> None:
         try:
+            torch.set_num_threads(self._threads)
             self._work_on()
         except BaseException as error:  # nobody shall wait for a thread that is gone
             with self._changed:
