@@ -16,7 +16,8 @@ from ..policy import ExitPolicy
 from ..protocol import MultiExit, State
 from ..reading import reading
 from .manifest import POLICY, read_manifest
-from .runtimes import Session, inference_session, onnx_session, openmp, openvino_session
+from .openvino_runtime import openvino_session
+from .runtimes import Session, inference_session, onnx_session, openmp
 
 __all__ = ["ExportedAdaptiveModel", "ExportedSegments", "GraphRunner", "open_segment"]
 

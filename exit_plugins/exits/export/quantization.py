@@ -18,8 +18,8 @@ from ..policy import ExitPolicy
 from .accuracy import check_max_drop, policy_for
 from .exported import ExportedSegments, open_segment
 from .manifest import POLICY, check_replaceable, write_manifest, written_whole
+from .openvino_runtime import openvino_core
 from .quantizers import QUANTIZERS, feeds_of
-from .runtimes import require
 
 __all__ = ["LOWER_PRECISIONS", "TABLE", "quantize_segments"]
 
@@ -134,7 +134,7 @@ def _copy_segments(exported: ExportedSegments, part: Path) -> None:
 def _check_bfloat16(exported: ExportedSegments) -> None:
     if exported.manifest["runtime"] != "openvino":
         raise ValueError("bfloat16 is a choice of OpenVINO; export with runtime='openvino' for it.")
-    able = require("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" not in able:
         raise ValueError(f"this processor does not compute in bfloat16 (OpenVINO finds {', '.join(able)}).")
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
+from .openvino_runtime import keep_signal_stack, openvino_core
 from .runtimes import leaf_names, require
 
 __all__ = ["QUANTIZERS", "Feeds", "feeds_of"]
@@ -59,12 +60,12 @@ def quantize_openvino(source: Path, target: Path, feeds: Feeds, weights_only: bo
     if weights_only:
         raise ValueError("weights alone are quantised for ONNX Runtime; leave out weights_only for OpenVINO.")
     nncf, openvino = require("nncf"), require("openvino")
-    model = openvino.Core().read_model(source)
+    model = openvino_core().read_model(source)
     # The extremes over all images, as ONNX Runtime takes them. NNCF's default, the mean of every image's extremes, cuts
     # half of them off: an MSDNet's exits lost 1.0 points of accuracy on CIFAR-100 in the mean, and 0.6 like this.
     extremes = require("nncf.quantization.range_estimator", "nncf").RangeEstimatorParametersSet.MINMAX
     attention = any(operation.get_type_name() in _ATTENTION for operation in model.get_ops())
-    with _quietly("nncf"):
+    with _quietly("nncf"), keep_signal_stack():  # NNCF has cores of its own, which come and go
         quantised = nncf.quantize(
             model,
             nncf.Dataset(feeds),

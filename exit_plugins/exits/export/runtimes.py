@@ -1,7 +1,6 @@
-"""The runtimes of the `export` extra, loaded when needed: from a file to a function over numpy arrays."""
+"""The runtimes of the `export` extra, loaded when needed; ONNX Runtime: from a file to a function over numpy arrays."""
 
 import functools
-import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -17,9 +16,7 @@ __all__ = [
     "leaf_names",
     "onnx_session",
     "openmp",
-    "openvino_session",
     "require",
-    "to_openvino",
 ]
 
 
@@ -49,45 +46,6 @@ def onnx_session(path: Path, threads: int | None, bfloat16: bool) -> Session:
     session = inference_session(path, threads)
     names = leaf_names(len(session.get_inputs()))
     return Session(names, lambda leaves: session.run(None, dict(zip(names, leaves, strict=True))))
-
-
-def openvino_session(path: Path, threads: int | None, bfloat16: bool) -> Session:
-    """A segment's file, opened by OpenVINO; in float32 unless ``bfloat16`` is asked for."""
-    openvino = require("openvino")
-    # Left to itself OpenVINO computes in bfloat16 where the CPU can, without a word.
-    config: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-    }
-    core = openvino.Core()
-    model = core.read_model(path)
-    for_batches = core.compile_model(model, "CPU", config)
-    # Single samples run in a network of fixed shape, which OpenVINO plans better.
-    model.reshape({value: [1, *[d.get_length() for d in list(value.partial_shape)[1:]]] for value in model.inputs})
-    for_one = core.compile_model(model, "CPU", config)
-    turn = threading.Lock()  # a compiled network runs one request at a time
-    # OpenVINO orders inputs and outputs as it likes, and joins outputs that are the same tensor: names tell.
-    read = {name for value in model.inputs for name in value.names}
-    written = {name for value in model.outputs for name in value.names}
-    names = ["logits", *(f"next_{index}" for index in range(len(written)) if f"next_{index}" in written)]
-
-    def run(leaves: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        compiled = for_one if len(leaves[0]) == 1 else for_batches
-        given = zip(leaf_names(len(leaves)), leaves, strict=True)
-        with turn:
-            results = compiled({name: leaf for name, leaf in given if name in read}, share_inputs=True)
-            return [results[name] for name in names]
-
-    return Session(sorted(read), run)
-
-
-def to_openvino(path: Path) -> str:
-    """Convert an ONNX file to OpenVINO's .xml and .bin beside it, in float32, and remove it; return the new name."""
-    openvino = require("openvino")
-    openvino.save_model(openvino.convert_model(path), path.with_suffix(".xml"), compress_to_fp16=False)
-    path.unlink()
-    return path.with_suffix(".xml").name
 
 
 def leaf_names(count: int) -> list[str]:

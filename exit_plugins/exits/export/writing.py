@@ -16,7 +16,8 @@ from ..protocol import AnyModel, MultiExitModule
 from .exported import ExportedAdaptiveModel, ExportedSegments, GraphRunner
 from .graph import adaptive_graph
 from .manifest import RUNTIMES, check_replaceable, write_manifest, written_whole
-from .runtimes import require, to_openvino
+from .openvino_runtime import to_openvino
+from .runtimes import require
 from .tracing import onnx_segments
 from .verification import trial_images, verify_graph, verify_segments
 

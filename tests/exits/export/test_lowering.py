@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from traced_models import SMALL, traced
 
 import exit_plugins.timm
-from exit_plugins.exits.export.runtimes import openvino_session
+from exit_plugins.exits.export.openvino_runtime import openvino_session
 from exit_plugins.exits.export.tracing import onnx_segments
 from exit_plugins.exits.protocol import MultiExit
 

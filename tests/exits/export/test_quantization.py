@@ -164,10 +164,10 @@ def test_an_export_that_loses_accuracy_is_not_written(openvino_folder, tmp_path,
 def test_bfloat16_is_a_precision_of_its_own(openvino_folder, tmp_path, monkeypatch):
     model, images, _ = traced("conv")
     asked = {"precision": "bfloat16", "held_out": held_out(model), "max_drop": 1.0}
-    monkeypatch.setattr(quantization, "require", lambda name: Processor(["FP32"]))
+    monkeypatch.setattr(quantization, "openvino_core", lambda: Processor(["FP32"]))
     with pytest.raises(ValueError, match="this processor does not compute in bfloat16"):
         export.quantize_segments(openvino_folder, tmp_path / "lower", [images], **asked)
-    monkeypatch.setattr(quantization, "require", lambda name: Processor(["FP32", "BF16"]))
+    monkeypatch.setattr(quantization, "openvino_core", lambda: Processor(["FP32", "BF16"]))
     report = export.quantize_segments(openvino_folder, tmp_path / "lower", [images], **asked)
     opened = []
     monkeypatch.setattr(export.exported, "openvino_session", lambda *given: opened.append(given[2]))
@@ -234,9 +234,6 @@ class Processor:
 
     def __init__(self, able: list[str]) -> None:
         self.able = able
-
-    def Core(self):
-        return self
 
     def get_property(self, device: str, name: str) -> list[str]:
         assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
