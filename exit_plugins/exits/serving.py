@@ -73,15 +73,16 @@ class RequestQueue:
     are let go with every ``submit`` (``openmp.release_idle_workers``); a thread that prepares images, too, should do so
     under ``torch.set_num_threads(1)``.
 
-    Which segment runs: the one with the most samples waiting (up to ``batch_size``), the deeper of two alike; but once
-    somebody has waited for a segment longer than ``max_wait``, who has waited longest comes first.
+    Which segment runs: one with a full batch waiting, or else any, the deepest of several. So nobody waits for a batch
+    to fill while the model keeps up, as in plain batching, and under more load than that deep batches fill up. Those
+    who have waited at an exit for longer than ``max_wait`` come first.
 
     Args:
         model: an ``AdaptiveModel``, exported ones included; its policy and mode are used. Policies may be swapped:
             every request runs under the one that held when it was submitted.
         batch_size: most samples run at once.
         capacity: most samples in the queue, waiting or running; ``submit`` refuses more.
-        max_wait: seconds a sample may wait before a segment in favour of fuller batches.
+        max_wait: seconds that a sample may wait at an exit while others fill their batch.
 
     Use it as a context manager, or call ``close``. Threads may share it; after a fork the child has to make its own.
 
@@ -93,7 +94,7 @@ class RequestQueue:
     """
 
     def __init__(
-        self, model: AdaptiveModel, *, batch_size: int = 8, capacity: int = 256, max_wait: float = 0.02
+        self, model: AdaptiveModel, *, batch_size: int = 8, capacity: int = 256, max_wait: float = 0.15
     ) -> None:
         if not isinstance(model, AdaptiveModel):
             raise TypeError(f"RequestQueue runs an AdaptiveModel, got {type(model).__name__}: wrap it with its policy.")
@@ -239,14 +240,10 @@ class RequestQueue:
         waiting = [index for index, queue in enumerate(self._waiting) if queue]
         if not waiting:
             return None
-        oldest = min(waiting, key=lambda index: self._waiting[index][0].since)
-        if time.monotonic() - self._waiting[oldest][0].since > self.max_wait:
-            return oldest
-
-        def filled(index: int) -> int:
-            return min(sum(len(chunk.requests) for chunk in self._waiting[index]), self.batch_size)
-
-        return max(waiting, key=lambda index: (filled(index), index))
+        now = time.monotonic()
+        late = [index for index in waiting if index and now - self._waiting[index][0].since > self.max_wait]
+        full = [i for i in waiting if sum(len(chunk.requests) for chunk in self._waiting[i]) >= self.batch_size]
+        return max(late or full or waiting)
 
     def _take(self, index: int) -> list[_Chunk]:
         """The first waiting chunks that can run together: up to ``batch_size`` samples of one shape and policy."""

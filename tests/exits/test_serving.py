@@ -30,17 +30,19 @@ def some_leave(kind: type[nn.Module], count: int = 24) -> tuple[nn.Module, ExitP
 
 
 class Gate(nn.Module):
-    """A model whose segment ``index`` waits until it is let through; ``entered`` says that it waits."""
+    """A model whose segment ``index`` waits until it is let through. ``entered``: it waits; ``order``: what ran."""
 
     def __init__(self, model: nn.Module, index: int) -> None:
         super().__init__()
         self.inner, self.index, self.num_exits = model, index, model.num_exits
         self.entered, self.open = threading.Event(), threading.Event()
+        self.order: list[int] = []
 
     def begin_exits(self, x):
         return self.inner.begin_exits(x)
 
     def forward_exit(self, index, state):
+        self.order.append(index)
         if index == self.index:
             self.entered.set()
             assert self.open.wait(WAIT)
@@ -70,20 +72,34 @@ def test_answers_are_those_of_single_runs(kind, batch_size):
     assert len(requests) == 0
 
 
-def test_survivors_of_two_batches_go_on_as_one():
-    model, _, images = some_leave(ConvExits)
+def test_survivors_of_two_full_batches_go_on_as_one():
+    model, policy, images = some_leave(ConvExits)
     gate = Gate(model, 0)
-    adaptive = AdaptiveModel(gate, ExitPolicy([float("inf")] * 3))
+    adaptive = AdaptiveModel(gate, ExitPolicy([policy.thresholds[0], float("inf"), float("inf")]))
+    leaves = AdaptiveModel(model, adaptive.policy)(images).exit_index == 0
+    sure, unsure = images[leaves], images[~leaves]
     with RequestQueue(adaptive, batch_size=4, max_wait=WAIT) as requests:
-        first = requests.submit(images[0])
+        first = requests.submit(sure[0])
         assert gate.entered.wait(WAIT)
-        rest = [requests.submit(image) for image in images[1:8]]
+        rest = [requests.submit(image) for two in (1, 3) for half in (sure, unsure) for image in half[two : two + 2]]
         gate.open.set()
         wait([first, *rest], WAIT)
         statistics = requests.statistics
-    # One alone, then a full batch and the three left of eight: deeper they are two batches of four.
-    assert statistics.samples == (8, 8, 8)
-    assert statistics.batches[0] == 3 and statistics.batches[1] == statistics.batches[2] == 2
+    # One alone and two full batches; of each of these two samples go on, together.
+    assert statistics.samples == (9, 4, 4) and statistics.batches == (3, 1, 1)
+
+
+@pytest.mark.parametrize(("max_wait", "order"), [(WAIT, [0, 0, 1, 2, 1, 2]), (0.0, [0, 1, 2, 0, 1, 2])])
+def test_full_batches_go_first_unless_somebody_has_waited_too_long(max_wait, order):
+    model, _, images = some_leave(ConvExits)
+    gate = Gate(model, 0)
+    with RequestQueue(AdaptiveModel(gate, ExitPolicy([float("inf")] * 3)), batch_size=4, max_wait=max_wait) as requests:
+        first = requests.submit(images[0])
+        assert gate.entered.wait(WAIT)
+        rest = [requests.submit(image) for image in images[1:5]]
+        gate.open.set()
+        wait([first, *rest], WAIT)
+    assert gate.order == order
 
 
 def test_overdue_requests_leave_with_the_deepest_answer_there_is():
