@@ -187,7 +187,9 @@ def main() -> None:
     # Pillow refuses twice as many pixels as it says, from the header alone, and warns of half of that.
     Image.MAX_IMAGE_PIXELS = args.max_pixels // 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    service = Service(BatchPredictor(args.source, args.checkpoint, mode=args.mode), args)
+    with torch.inference_mode():  # its weights stay as they are, and no call has to look whether they did
+        predictor = BatchPredictor(args.source, args.checkpoint, mode=args.mode)
+    service = Service(predictor, args)
     uvicorn.run(app_of(service), host=args.host, port=args.port, log_level="info", access_log=False)
 
 

@@ -120,7 +120,10 @@ def request_load(document: Document) -> str:
     limit = 1e3 * document["command"]["p95"] * document["full_batch_s"]
     best = ", ".join(f"{way} {rate:.1f}" for way, rate in document["best"].items())
     header = ["way", "offered/s", "answered/s", "p50 ms", "p95 ms", f"p95 within {limit:.0f} ms"]
-    return table(header, rows) + f"\n\nThe highest rate within that, in images/s: {best}."
+    most = (
+        f"Were every batch of every segment full, {document['ceiling']:.2f} times what plain batching manages full out."
+    )
+    return table(header, rows) + f"\n\nThe highest rate within that, in images/s: {best}. {most}"
 
 
 def rivals(document: Document) -> str:

@@ -26,8 +26,8 @@ MODEL = "dynperceiver_regnety_400mf"
 # The name of a table on the page -> the command as a user types it.
 RUNS = {
     "forward": "forward.py --threads 2 --batch 1 16 --mode fused onnx openvino",
-    "adaptive": "adaptive.py --threads 2 --batch 1 32 --images 32 --repeats 9 --mode fused onnx openvino "
-    "--mix nobody even most",
+    "adaptive": "adaptive.py --threads 2 --batch 1 32 --images 32 --repeats 9 --mode fused served onnx openvino "
+    "--mix nobody even most everybody",
     "modes": f"exit-plugins profile {MODEL} --modes --threads 2",
     "time_per_mac": "time_per_mac.py --threads 1 --batch 1 8 --repeats 5",
     "latency_budget": f"latency_budget.py {MODEL} --threads 1 --batch 1 8 32",

@@ -1,5 +1,6 @@
 """The ways of running a network that the benchmarks compare."""
 
+import copy
 import tempfile
 
 import numpy as np
@@ -14,6 +15,7 @@ from exit_plugins.timm.layers import fold_batch_norms
 MODES = {
     "eager": "torch as a timm user runs it: channels_last, nothing fused",
     "fused": "torch, eager, in the form for inference (fuse=True)",
+    "served": "fused, of a model built under torch.inference_mode(), whose weights no call has to look at",
     "bfloat16": "fused, in mixed precision",
     "compiled": "fused, and torch.compile (with CUDA graphs on a GPU)",
     "compiled-bfloat16": "compiled, in mixed precision",
@@ -57,7 +59,9 @@ def runner(model: nn.Module, mode: str, size: tuple[int, ...], threads: int) -> 
     """``model`` in ``mode`` on images of ``size``, never leaving early."""
     nobody = ExitPolicy([np.inf] * model.num_exits)
     if not mode.startswith(("onnx", "openvino")):
-        return AdaptiveModel(model.to(memory_format=torch.channels_last), nobody, **adaptive_options(mode))
+        with torch.inference_mode(mode == "served"):
+            own = (copy.deepcopy(model) if mode == "served" else model).to(memory_format=torch.channels_last)
+        return AdaptiveModel(own, nobody, **adaptive_options(mode))
     with tempfile.TemporaryDirectory() as folder:
         exported = f"{folder}/float32"
         export_segments(model, nobody, exported, size, "openvino" if mode == "openvino" else "onnx")

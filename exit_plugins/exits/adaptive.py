@@ -74,7 +74,9 @@ class AdaptiveModel(nn.Module):
 
     When the weights change (training goes on, ``load_state_dict``, ``to``), the copy is made anew at the next call:
     every call looks at the version counter and the address of each tensor. What bypasses both, writing through
-    ``tensor.data`` or putting other modules in place, is not seen: call ``refresh`` then.
+    ``tensor.data`` or putting other modules in place, is not seen: call ``refresh`` then. The look takes some tenths of
+    a millisecond, as the tensors of ``model`` lie in no cache; a model that was built under ``torch.inference_mode()``,
+    as a server builds its own, has weights that stay, and is not looked at.
 
     Samples that left are dropped at every exit, or, once ``time_segments`` has timed them, wherever that costs less
     than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
@@ -148,7 +150,7 @@ class AdaptiveModel(nn.Module):
         """Make the form that runs from the weights as they are now; calls do so when they see that those changed."""
         with _REFRESHING, torch.inference_mode(False), torch.no_grad():
             tensors = (*self.model.parameters(), *self.model.buffers())
-            self._read = [tensor for tensor in tensors if self.fused and not tensor.is_inference()]
+            self._read = [tensor for tensor in tensors if self.fused and _counts_versions(tensor)]
             self._seen = self._weights()
             form = inference_copy(self.model) if self.fused else self.model
             # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
@@ -267,6 +269,15 @@ class AdaptiveModel(nn.Module):
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _counts_versions(tensor: Tensor) -> bool:
+    try:
+        return tensor._version >= 0
+    except (
+        RuntimeError
+    ):  # made under inference mode, though ``is_inference`` forgets that of a parameter that was moved
+        return False
 
 
 def _result_dtype(tensor: Tensor) -> torch.dtype:

@@ -306,6 +306,23 @@ def test_weights_that_change_later_are_those_that_answer(change):
     torch.testing.assert_close(adaptive(images).logits, expected + 1.0, atol=1e-5, rtol=1e-5)
 
 
+@torch.inference_mode()
+def test_a_model_built_under_inference_mode_runs_in_its_form_too():
+    torch.manual_seed(0)
+    model, images = timm.create_model("dynperceiver_test", num_classes=5).eval(), torch.randn(6, 3, 64, 64)
+    adaptive = AdaptiveModel(model, ExitPolicy([float("inf")] * 4))
+    assert adaptive.runner is not model
+    expected = model(images)
+    torch.testing.assert_close(adaptive(images).logits, expected, atol=1e-5, rtol=1e-5)
+    model.heads[-1].fc.bias.add_(1.0)
+    adaptive.refresh()
+    torch.testing.assert_close(adaptive(images).logits, expected + 1.0, atol=1e-5, rtol=1e-5)
+    with torch.inference_mode(False):  # its parameters forget what they are made of
+        model.to(memory_format=torch.channels_last)
+    adaptive = AdaptiveModel(model, adaptive.policy)
+    torch.testing.assert_close(adaptive(images).logits, expected + 1.0, atol=1e-5, rtol=1e-5)
+
+
 def test_mixed_precision_and_other_weights(case):
     model, images, logits, sure = case
     nobody = ExitPolicy([float("inf")] * len(sure))
