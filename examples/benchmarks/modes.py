@@ -59,8 +59,11 @@ def runner(model: nn.Module, mode: str, size: tuple[int, ...], threads: int) -> 
     """``model`` in ``mode`` on images of ``size``, never leaving early."""
     nobody = ExitPolicy([np.inf] * model.num_exits)
     if not mode.startswith(("onnx", "openvino")):
-        with torch.inference_mode(mode == "served"):
-            own = (copy.deepcopy(model) if mode == "served" else model).to(memory_format=torch.channels_last)
+        if mode == "served":
+            with torch.inference_mode():
+                own = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        else:
+            own = model.to(memory_format=torch.channels_last)
         return AdaptiveModel(own, nobody, **adaptive_options(mode))
     with tempfile.TemporaryDirectory() as folder:
         exported = f"{folder}/float32"

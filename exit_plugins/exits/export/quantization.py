@@ -39,10 +39,10 @@ def quantize_segments(
 ) -> dict[str, Any]:
     """Write an export in a lower precision, and refuse where it costs more accuracy than ``max_drop``.
 
-    int8 is static: ONNX Runtime's quantisation or, for OpenVINO, NNCF's (its mixed preset, and its transformer scheme
-    where a segment has attention). Segment after segment, ranges come from the states that the images lead to through
-    the segments that are int8 already. bfloat16 is OpenVINO's: the same files, computed in it wherever the folder is
-    loaded on a processor that can.
+    int8 is static: ONNX Runtime's quantisation or, for OpenVINO, NNCF's (its symmetric preset; the mixed one and its
+    transformer scheme where a segment has attention). Segment after segment, ranges come from the states that the
+    images lead to through the segments that are int8 already. bfloat16 is OpenVINO's: the same files, computed in it
+    wherever the folder is loaded on a processor that can.
 
     Args:
         folder: a float32 export.
