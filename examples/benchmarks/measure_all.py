@@ -29,7 +29,7 @@ RUNS = {
     "adaptive": "adaptive.py --threads 2 --batch 1 32 --images 32 --repeats 9 --mode fused served onnx openvino "
     "--mix nobody even most everybody",
     "modes": f"exit-plugins profile {MODEL} --modes --threads 2",
-    "time_per_mac": "time_per_mac.py --threads 1 --batch 1 8 --repeats 5",
+    "time_per_mac": "time_per_mac.py --mode eager fused --threads 1 --batch 1 8 --repeats 5",
     "latency_budget": f"latency_budget.py {MODEL} --threads 1 --batch 1 8 32",
     "request_load": "request_load.py --threads 2 --requests 200 --rates 0.5 0.6 0.7 0.8 0.9 1 1.1",
     "rivals": "rivals.py --threads 2 --repeats 5",

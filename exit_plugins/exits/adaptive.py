@@ -75,8 +75,9 @@ class AdaptiveModel(nn.Module):
     When the weights change (training goes on, ``load_state_dict``, ``to``), the copy is made anew at the next call:
     every call looks at the version counter and the address of each tensor. What bypasses both, writing through
     ``tensor.data`` or putting other modules in place, is not seen: call ``refresh`` then. The look takes some tenths of
-    a millisecond, as the tensors of ``model`` lie in no cache; a model that was built under ``torch.inference_mode()``,
-    as a server builds its own, has weights that stay, and is not looked at.
+    a millisecond, as the tensors of ``model`` lie in no cache. A model that was built under ``torch.inference_mode()``,
+    as a server builds its own, keeps no version counters and is not looked at: whoever changes its weights after all,
+    ``load_state_dict`` and ``to`` included, calls ``refresh``.
 
     Samples that left are dropped at every exit, or, once ``time_segments`` has timed them, wherever that costs less
     than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
@@ -274,9 +275,8 @@ class AdaptiveModel(nn.Module):
 def _counts_versions(tensor: Tensor) -> bool:
     try:
         return tensor._version >= 0
-    except (
-        RuntimeError
-    ):  # made under inference mode, though ``is_inference`` forgets that of a parameter that was moved
+    # It was made under inference mode, which ``is_inference`` does not tell of a parameter that has been moved since.
+    except RuntimeError:
         return False
 
 

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
+from itertools import takewhile
 from queue import Full
 from typing import NamedTuple
 
@@ -66,23 +68,23 @@ class RequestQueue:
     """Answers single samples from many threads, batching anew those that wait for the same segment.
 
     ``AdaptiveModel`` takes a batch to its end: what goes deep goes there in ever smaller batches. Here every segment
-    has a queue of its own, and those that one batch left over wait for those of the next, so that deep segments run on
-    full batches too. One thread runs the model; it never waits while anybody does.
+    has a queue of its own, and those who go on are batched anew at every exit. One thread runs the model; it never
+    waits while anybody does.
 
     That thread is as fast as the main one only while the threads that submit keep no OpenMP threads of their own. These
     are let go with every ``submit`` (``openmp.release_idle_workers``); a thread that prepares images, too, should do so
     under ``torch.set_num_threads(1)``.
 
-    Which segment runs: one with a full batch waiting, or else any, the deepest of several. So nobody waits for a batch
-    to fill while the model keeps up, as in plain batching, and under more load than that deep batches fill up. Those
-    who have waited at an exit for longer than ``max_wait`` come first.
+    Which segment runs: one with a full batch waiting, or otherwise any, the deepest of several. So nobody waits for a
+    batch to fill while the model keeps up, and once it does not, deep batches fill. Those who have waited at an exit
+    for ``max_wait`` come first.
 
     Args:
         model: an ``AdaptiveModel``, exported ones included; its policy and mode are used. Policies may be swapped:
             every request runs under the one that held when it was submitted.
         batch_size: most samples run at once.
         capacity: most samples in the queue, waiting or running; ``submit`` refuses more.
-        max_wait: seconds that a sample may wait at an exit while others fill their batch.
+        max_wait: seconds after which a sample that waits behind an exit goes before full batches.
 
     Use it as a context manager, or call ``close``. Threads may share it; after a fork the child has to make its own.
 
@@ -241,9 +243,14 @@ class RequestQueue:
         if not waiting:
             return None
         now = time.monotonic()
-        late = [index for index in waiting if index and now - self._waiting[index][0].since > self.max_wait]
-        full = [i for i in waiting if sum(len(chunk.requests) for chunk in self._waiting[i]) >= self.batch_size]
+        late = [index for index in waiting if index and now - self._waiting[index][0].since >= self.max_wait]
+        full = [index for index in waiting if self._together(index) >= self.batch_size]
         return max(late or full or waiting)
+
+    def _together(self, index: int) -> int:
+        """How many of those who wait for a segment could run with the first of them."""
+        queue = self._waiting[index]
+        return sum(len(chunk.requests) for chunk in takewhile(partial(_alike, queue[0]), queue))
 
     def _take(self, index: int) -> list[_Chunk]:
         """The first waiting chunks that can run together: up to ``batch_size`` samples of one shape and policy."""

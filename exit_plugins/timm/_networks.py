@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from ._host import TimmModel
 from ._trace import is_layer, trace_network, traceable_copy
-from .layers import fold_pair, use_matrix_products
+from .layers import fold_pair, use_faster_products
 
 __all__ = ["fuse_network", "groups_of_part"]
 
@@ -28,7 +28,7 @@ def groups_of_part(part: TimmModel, prefix: str, coarse: bool) -> Callable[[str]
 def fuse_network(net: nn.Module, exit_names: Sequence[str]) -> None:
     """Put the inference form of a timm network in place; what the modules ``exit_names`` return stays as it is."""
     reparameterize_model(net, inplace=True)
-    use_matrix_products(_fold_batch_norms(net, exit_names))
+    use_faster_products(_fold_batch_norms(net, exit_names))
 
 
 def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:

@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from exit_plugins.timm.layers import AdaptiveAverage, PointwiseConv, adaptive_average, fuse_convolutions
+from exit_plugins.timm import layers
+from exit_plugins.timm.layers import (
+    AdaptiveAverage,
+    PointwiseConv,
+    TokenLinear,
+    adaptive_average,
+    fuse_convolutions,
+)
 
 
 def graph_of_any_size(kind: str, dtype: torch.dtype):
@@ -37,7 +44,9 @@ def test_adaptive_average_is_torchs_at_any_size_in_every_graph(kind):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("stride", [1, 2, (1, 3)])
 @pytest.mark.parametrize("batch", [1, 3, 5])
-def test_pointwise_convolution_equals_torchs(batch, stride, layout):
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
+def test_pointwise_convolution_equals_torchs(maker, batch, stride, layout, monkeypatch):
+    monkeypatch.setattr(layers, "processor", lambda: maker)
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 10, 1, stride=stride, bias=batch == 1).double().eval()
     x = torch.randn(batch, 6, 7, 8, dtype=torch.float64).to(memory_format=layout)
@@ -48,7 +57,27 @@ def test_pointwise_convolution_equals_torchs(batch, stride, layout):
     assert pointwise.weight is conv.weight and pointwise.state_dict().keys() == conv.state_dict().keys()
 
 
-def test_exported_graphs_keep_the_convolution():
+@pytest.mark.parametrize("shape", [(6,), (7, 6), (3, 7, 6), (9, 7, 6), (9, 2, 5, 6), (9, 2, 2, 5, 6), (0, 7, 6)])
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", ""])
+def test_token_linear_equals_torchs(maker, shape, monkeypatch):
+    monkeypatch.setattr(layers, "processor", lambda: maker)
+    torch.manual_seed(0)
+    linear, x = nn.Linear(6, 10, bias=len(shape) != 4).double().eval(), torch.randn(shape, dtype=torch.float64)
+    ours = TokenLinear.of(linear)
+    torch.testing.assert_close(ours(x), linear(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), linear(x))
+    assert ours.weight is linear.weight and ours.state_dict().keys() == linear.state_dict().keys()
+
+
+def test_exported_graphs_keep_the_linear_layer(monkeypatch):
+    monkeypatch.setattr(layers, "processor", lambda: "AuthenticAMD")
+    exported = torch.export.export(TokenLinear.of(nn.Linear(3, 4).eval()), (torch.randn(9, 5, 3),))
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert called == ["aten.linear.default"]
+
+
+def test_exported_graphs_keep_the_convolution(monkeypatch):
+    monkeypatch.setattr(layers, "processor", lambda: "GenuineIntel")
     layer, x = PointwiseConv.of(nn.Conv2d(3, 4, 1).eval()), torch.randn(1, 3, 5, 5)
     exported = torch.export.export(layer, (x,))
     called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]

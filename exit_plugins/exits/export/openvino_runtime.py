@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from .runtimes import Session, leaf_names, require
 
 __all__ = ["keep_signal_stack", "openvino_core", "openvino_session", "to_openvino"]
+
+_ONE_CORE = threading.Lock()
 
 
 def openvino_session(path: Path, threads: int | None, bfloat16: bool) -> Session:
@@ -54,7 +57,6 @@ def to_openvino(path: Path) -> str:
     return path.with_suffix(".xml").name
 
 
-@functools.cache
 def openvino_core() -> Any:
     """The one core of this process, which stays until its end.
 
@@ -63,6 +65,12 @@ def openvino_core() -> Any:
     one that ends in another thread leaves the first with what is freed. Python's handlers run on that stack: the next
     signal, as little as the SIGCHLD of a data loader's worker, then kills the process without a word.
     """
+    with _ONE_CORE:
+        return _core()
+
+
+@functools.cache
+def _core() -> Any:
     core = require("openvino").Core()
     with keep_signal_stack():
         core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")  # loads the plugin
@@ -73,7 +81,7 @@ def openvino_core() -> Any:
 def keep_signal_stack() -> Iterator[None]:
     """Give the calling thread the stack for signals that it had, whatever happened to it inside."""
     try:
-        sigaltstack = ctypes.CDLL(None, use_errno=True).sigaltstack
+        sigaltstack = ctypes.CDLL(None).sigaltstack
     except (AttributeError, OSError, TypeError):  # Windows, which has none
         yield
         return
@@ -82,7 +90,8 @@ def keep_signal_stack() -> Iterator[None]:
     try:
         yield
     finally:
-        sigaltstack(ctypes.byref(before), None)
+        if sigaltstack(ctypes.byref(before), None):
+            warnings.warn("the stack for signals could not be put back after OpenVINO.", RuntimeWarning, stacklevel=3)
 
 
 class _Stack(ctypes.Structure):

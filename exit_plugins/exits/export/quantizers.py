@@ -62,14 +62,15 @@ def quantize_openvino(source: Path, target: Path, feeds: Feeds, weights_only: bo
     nncf, openvino = require("nncf"), require("openvino")
     model = openvino_core().read_model(source)
     # The extremes over all images, as ONNX Runtime takes them. NNCF's default, the mean of every image's extremes, cuts
-    # half of them off: an MSDNet's exits lost 1.0 points of accuracy on CIFAR-100 in the mean, and 0.6 like this.
+    # half of them off: an MSDNet's exits lost 1.0 points of accuracy on CIFAR-100 in the mean, and 0.6 like this
+    # (asymmetric; so are the figures on biases below).
     extremes = require("nncf.quantization.range_estimator", "nncf").RangeEstimatorParametersSet.MINMAX
     attention = any(operation.get_type_name() in _ATTENTION for operation in model.get_ops())
     with _quietly("nncf"), keep_signal_stack():  # NNCF has cores of its own, which come and go
         quantised = nncf.quantize(
             model,
             nncf.Dataset(feeds),
-            # Symmetric elsewhere: an EfficientNet-Lite0 becomes 1.45 instead of 1.30 times as fast at batch 1.
+            # Symmetric elsewhere, which is faster: docs/benchmarks.md, What did not work.
             preset=nncf.QuantizationPreset.MIXED if attention else nncf.QuantizationPreset.PERFORMANCE,
             subset_size=len(feeds),
             # Biases corrected layer after layer, each behind those that are: of the 0.6 points the fast way lost at the

@@ -19,7 +19,7 @@ from exit_plugins.exits.export import ExportedSegments
 
 heard = []
 signal.signal(signal.SIGCHLD, lambda *_: heard.append(1))
-opened = {}
+opened, failed = {}, []
 
 def signal_stack():
     entry = (ctypes.c_byte * 24)()
@@ -27,14 +27,15 @@ def signal_stack():
     return bytes(entry)
 
 def work(words):
+    before = signal_stack()
     for word in words:
         if word.isupper():
             opened.pop(word.lower())
         else:
-            before = signal_stack()
             opened[word] = ExportedSegments(sys.argv[1])
-            assert signal_stack() == before
         gc.collect()
+        if signal_stack() != before:
+            failed.append(word)
 
 for words in sys.argv[2:]:
     if words[0] == "+":  # in a thread of its own
@@ -43,7 +44,7 @@ for words in sys.argv[2:]:
     else:
         work(words)
     subprocess.run(["true"], check=True)
-assert len(heard) >= len(sys.argv[2:]), heard
+assert len(heard) >= len(sys.argv[2:]) and not failed, (heard, failed)
 """
 
 
@@ -59,6 +60,6 @@ def openvino_folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="a system without SIGCHLD")
-@pytest.mark.parametrize("order", [("abAB",), ("a", "+bA", "B"), ("abcBAC", "dD")], ids=["first", "thread", "three"])
+@pytest.mark.parametrize("order", [("abAB",), ("a", "+bA", "B"), ("+a", "bA", "B")], ids=["main", "second", "first"])
 def test_exports_may_be_left_in_any_order(order, openvino_folder):
-    subprocess.run([sys.executable, "-c", PROGRAM, str(openvino_folder), *order], check=True)
+    subprocess.run([sys.executable, "-c", PROGRAM, str(openvino_folder), *order], check=True, timeout=300)
