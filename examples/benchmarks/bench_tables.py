@@ -82,7 +82,9 @@ def modes(document: Document) -> str:
 def time_per_mac(document: Document) -> str:
     """The modes stand side by side, so that one sees what the later ones bring."""
     modes, rows = document["command"]["mode"], []
-    for (name, plain, batch), exits in grouped(document["rows"], "network", "plain", "batch"):
+    networks = [name for (name,), _ in grouped(document["rows"], "network")]
+    ordered = sorted(document["rows"], key=lambda row: (networks.index(row["network"]), row["batch"]))
+    for (name, plain, batch), exits in grouped(ordered, "network", "plain", "batch"):
         by_mode = dict(grouped(exits, "mode"))
         cells = [name, plain, str(batch), " ".join(f"{row['macs'] / 1e9:.2f}" for row in by_mode[(modes[0],)])]
         cells += [" ".join(f"{row['per_mac_over_plain']:.2f}" for row in by_mode[(mode,)]) for mode in modes]

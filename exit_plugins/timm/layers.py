@@ -156,7 +156,8 @@ def processor() -> str:
     """The processor's maker: ``GenuineIntel``, ``AuthenticAMD``, or nothing where it is neither or cannot be told.
 
     torch's matrix products are MKL's, which keeps its AVX-512 kernels to Intel's processors. Its convolutions are
-    oneDNN's, which has them on AMD's too: there a product done as a 1x1 convolution takes half the time.
+    oneDNN's, which has them on AMD's too: there, on several threads (on one, torch leaves oneDNN aside), a product done
+    as a 1x1 convolution takes half the time.
     """
     try:
         said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -169,24 +170,35 @@ def processor() -> str:
 FEW = 4  # images up to which torch's convolutions do not go through oneDNN's best kernels
 
 
+def _in_a_graph() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
     """(B, C, H, W) convolved with ``weight`` (C', C, 1, 1): what ``PointwiseConv`` does."""
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if graph or x.shape[0] > FEW or processor() != "GenuineIntel":
+    if torch.jit.is_scripting():
         return F.conv2d(x, weight, bias, stride)
-    if stride != (1, 1):
-        x = x[:, :, :: stride[0], :: stride[1]]
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    else:  # TorchScript leaves this out
+        if _in_a_graph() or x.shape[0] > FEW or processor() != "GenuineIntel":
+            return F.conv2d(x, weight, bias, stride)
+        if stride != (1, 1):
+            x = x[:, :, :: stride[0], :: stride[1]]
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def tokenwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Tokens (B, N, C) or a map (B, H, W, C) times ``weight`` (C', C), and all else: what ``TokenLinear`` does."""
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if graph or x.dim() not in (3, 4) or x.shape[0] <= FEW or x.is_cuda or processor() != "AuthenticAMD":
+    if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
-    channels_last = (x.unsqueeze(2) if x.dim() == 3 else x).permute(0, 3, 1, 2)
-    y = F.conv2d(channels_last, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
-    return y.squeeze(2) if x.dim() == 3 else y
+    else:  # TorchScript leaves this out
+        # A graph must not come to depend on the number of images: that is asked last.
+        if _in_a_graph() or x.is_cuda or processor() != "AuthenticAMD" or torch.get_num_threads() == 1:
+            return F.linear(x, weight, bias)
+        if x.dim() not in (3, 4) or x.shape[0] <= FEW:
+            return F.linear(x, weight, bias)
+        channels_last = (x.unsqueeze(2) if x.dim() == 3 else x).permute(0, 3, 1, 2)
+        y = F.conv2d(channels_last, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+        return y.squeeze(2) if x.dim() == 3 else y
 
 
 class TokenLinear(nn.Linear):

@@ -302,8 +302,8 @@ def test_who_wins_is_what_was_measured():
     times = {(row["beside"], row["name"], row["batch"]): row["time_over_mix"] for row in rows}
     exits, latents = (f"{name}, even mix" for name in ("regnety_008 with exits", "dynperceiver_regnety_800mf"))
     for batch in (1, 32):
-        assert times[exits, "regnety_004 at 224 px", batch] > 1
-        assert 1.7 < times[exits, f"{exits}, earlyon", batch] < 2
+        assert 0.9 < times[exits, "regnety_004 at 224 px", batch] < 1.2
+        assert 1.6 < times[exits, f"{exits}, earlyon", batch] < 2
         assert times[exits, "regnety_008 at 160 px", batch] < 1
         static = [name for beside, name, size in times if (beside, size) == (latents, batch) and "dynp" not in name]
         assert len(static) == 4 and all(times[latents, name, batch] < 1 for name in static)

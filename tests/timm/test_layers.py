@@ -61,6 +61,7 @@ def test_pointwise_convolution_equals_torchs(maker, batch, stride, layout, monke
 @pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", ""])
 def test_token_linear_equals_torchs(maker, shape, monkeypatch):
     monkeypatch.setattr(layers, "processor", lambda: maker)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
     linear, x = nn.Linear(6, 10, bias=len(shape) != 4).double().eval(), torch.randn(shape, dtype=torch.float64)
     ours = TokenLinear.of(linear)
@@ -71,7 +72,11 @@ def test_token_linear_equals_torchs(maker, shape, monkeypatch):
 
 def test_exported_graphs_keep_the_linear_layer(monkeypatch):
     monkeypatch.setattr(layers, "processor", lambda: "AuthenticAMD")
-    exported = torch.export.export(TokenLinear.of(nn.Linear(3, 4).eval()), (torch.randn(9, 5, 3),))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(
+        TokenLinear.of(nn.Linear(3, 4).eval()), (torch.randn(9, 5, 3),), dynamic_shapes=batch
+    )
     called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert called == ["aten.linear.default"]
 
