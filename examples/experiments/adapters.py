@@ -61,11 +61,11 @@ class Task:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def network(self, place: Place, num_classes: int, seed: int) -> nn.Module:
+    def network(self, place: Place, num_classes: int) -> nn.Module:
         if self.backbone == "vit":
-            weights = place.state / "vit" / f"plain-s{seed}" / "model" / "model.safetensors"
+            weights = place.state / "vit" / "plain-s0" / "model" / "model.safetensors"
             if not weights.is_file():
-                raise SystemExit(f"this adapts a trained network: run vit/plain-s{seed} first.")
+                raise SystemExit("this adapts a trained network: run vit/plain-s0 first.")
             state = {k.removeprefix("backbone."): v for k, v in load_file(weights).items()}
             net = timm.create_model(**self.kwargs, num_classes=num_classes)
             own = {k: v for k, v in state.items() if not k.startswith("head.")}
@@ -146,7 +146,7 @@ def train(
         training, _ = training.split(samples / len(training), seed)
     calibration, training = training.split(CALIBRATION, seed)
     torch.manual_seed(seed)
-    net = task.network(place, len(data.classes), seed)
+    net = task.network(place, len(data.classes))
     model = adapted(task, net, method, dynamic, len(data.classes))
     options = SimpleNamespace(batch_size=settings["batch_size"], randaug=0, reprob=0, mixup=0, cutmix=0)
     cpu = torch.device("cpu")
@@ -209,7 +209,7 @@ def load_adapted(
     if not checkpoint.is_file():
         raise SystemExit(f"this needs a trained network: run adapters/{variant}-s{seed} first.")
     task = TASKS[task_name]
-    model = adapted(task, task.network(place, classes, seed), method, dynamic, classes)
+    model = adapted(task, task.network(place, classes), method, dynamic, classes)
     restore(model, checkpoint)
     return finished(model, method)
 

@@ -34,7 +34,7 @@ def networks(place: Place, seed: int) -> dict[str, Callable[[], nn.Module]]:
     """What builds each timm network, without the exits over it."""
     classes = len(open_splits(str(place.data / TASK.data), None, seed=0, calibration=0).classes)
     return {
-        ALONE: lambda: TASK.network(place, classes, seed),
+        ALONE: lambda: TASK.network(place, classes),
         ADAPTED: lambda: load_adapted("caltech101", METHOD, {}, place, seed, classes).backbone,
         **{
             name: lambda variant=variant: lite0.FIELD.trained(place, variant, seed).backbone
