@@ -17,6 +17,7 @@ from exit_plugins.exits.thresholds import (
     METHODS,
     msdnet_shares,
     msdnet_thresholds,
+    pairs,
     policy_path,
     sweep_shares,
 )
@@ -218,6 +219,20 @@ def test_pairs_lead_from_anywhere_to_what_no_pair_improves(seed):
             thresholds[list(pair)] = values
             other = split.point(thresholds)
             assert not target.met(other.correct, other.cost) or target.score(other) <= target.score(point)
+
+
+def test_pairs_of_few_cuts_and_then_near_ones_lose_next_to_nothing(monkeypatch):
+    costs, gaps = costs_of(4), []
+    for seed in range(3):
+        table = realistic_table(4, 900, seed)
+        for share in (0.1, 0.4):
+            budget = costs[0] + share * (costs[-1] - costs[0])
+            found = []
+            for cuts in (10_000, 100):  # all of them, and far fewer than there are
+                monkeypatch.setattr(pairs, "_CUTS", cuts)
+                found.append(solve_thresholds(table, costs, budget=budget).source["accuracy"])
+            gaps.append(found[0] - found[1])
+    assert np.mean(gaps) <= 0.0005  # half an answer of the 900
 
 
 @settings(max_examples=60, deadline=None)

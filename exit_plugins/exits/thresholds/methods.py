@@ -158,6 +158,7 @@ def _solve_lagrangian(split: Split, target: Target, seed: int = 0) -> list[Point
     """Coordinate ascent of the Lagrangian from many starts, the rest of the budget spent by line searches, then pairs.
 
     All starts are tried on some thousands of the samples at most, drawn by ``seed``; the best are polished on all.
+    Where the optimum itself is cheap, as for three exits of no more samples than that, it is found beside them.
     """
     explored = split
     if split.num_samples > _EXPLORED:
@@ -178,7 +179,10 @@ def _solve_lagrangian(split: Split, target: Target, seed: int = 0) -> list[Point
     feasible = [f for f in found if small_target.met(f[0].correct, f[0].cost)]
     ranked = sorted(feasible or found, key=lambda f: small_target.score(f[0]), reverse=True)
     if explored is split:
-        refined = [refine(split, point, target) for point in _distinct([f[0] for f in ranked])[:_POLISHED]]
+        if split.num_exits <= 3:
+            refined = _solve_exact(split, target)
+        else:
+            refined = [refine(split, point, target) for point in _distinct([f[0] for f in ranked])[:_POLISHED]]
         return [*refined, *(f[0] for f in ranked), *points]
     seen: set[tuple[float, ...]] = set()
     for point, price in ranked:

@@ -5,6 +5,7 @@ together keep to the target. With three exits there are two thresholds, and a se
 optimum.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -14,9 +15,9 @@ from .split import Point, Split, Target
 
 __all__ = ["refine"]
 
-# Cuts of one exit that are looked at: all of them on small tables, evenly spaced ones on larger, where line searches
-# close the gaps. A pair's sums are four arrays of the square of it: 32 MB, a hundredth of a second.
-_CUTS = 1000
+# Cuts of one exit that are looked at together: all of them on small tables. On larger ones a half of it, evenly spaced,
+# and then as many around the best of these. A pair's sums are four arrays of the square of it.
+_CUTS = 500
 # Rounds over all pairs; the first that moves nothing ends it.
 _ROUNDS = 4
 # Sums of costs carry rounding: so many of the best pairs are evaluated exactly.
@@ -40,13 +41,38 @@ def refine(split: Split, point: Point, target: Target) -> Point:
 
 
 def _best_pair(split: Split, point: Point, first: int, second: int, target: Target) -> Point | None:
-    """The best point that meets the target when thresholds ``first`` < ``second`` move and all others stay.
+    """The best point found that meets the target when thresholds ``first`` < ``second`` move and all others stay."""
+    every = [split.cuts[first], split.cuts[second]]
+    spread = [cuts if len(cuts) <= _CUTS else cuts[_evenly(0, len(cuts) - 1)] for cuts in every]
+    found = _best_in_plane(split, point, first, second, spread, target)
+    if all(few is cuts for few, cuts in zip(spread, every, strict=True)):
+        return found
+    if found is None:
+        return None
+    near = []
+    for k, few, cuts in zip((first, second), spread, every, strict=True):
+        here = int(np.searchsorted(few, np.count_nonzero(split.leaves(k, found.thresholds[k]))))
+        ends = np.searchsorted(cuts, few[[max(here - 1, 0), min(here + 1, len(few) - 1)]])
+        near.append(cuts[_evenly(*ends)])
+    return target.best(p for p in (found, _best_in_plane(split, point, first, second, near, target)) if p is not None)
+
+
+def _evenly(start: int, stop: int) -> NDArray[np.int64]:
+    """Places from ``start`` to ``stop``, both with them: all, or half of ``_CUTS`` at even distances."""
+    count = stop - start + 1
+    return np.unique(np.linspace(start, stop, count if count <= _CUTS else _CUTS // 2).round().astype(np.int64))
+
+
+def _best_in_plane(
+    split: Split, point: Point, first: int, second: int, cuts: Sequence[NDArray[np.int64]], target: Target
+) -> Point | None:
+    """The best point that meets the target, of all pairs of ``cuts`` (M,), (L,) of the two exits; the rest stays.
 
     Every sample that gets to ``first`` leaves there, or at an exit between the two, or at ``second``, or behind it. Its
     gain is summed where it would fall in the plane of the two cuts, and running sums give all pairs at once.
     """
-    cuts_first, bin_first = _bins(split, first)
-    cuts_second, bin_second = _bins(split, second)
+    cuts_first, cuts_second = cuts
+    bin_first, bin_second = _bins(split, first, cuts_first), _bins(split, second, cuts_second)
     thresholds = point.thresholds.copy()
     thresholds[[first, second]] = np.inf
     # Where each sample leaves when both are closed, and whether that is before, between or behind them.
@@ -92,14 +118,11 @@ def _best_pair(split: Split, point: Point, first: int, second: int, target: Targ
     return None
 
 
-def _bins(split: Split, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The cuts (M,) of exit ``k`` that are tried, and for each sample (N,) the first of them by which it leaves."""
-    cuts = split.cuts[k]
-    if len(cuts) > _CUTS:
-        cuts = cuts[np.unique(np.linspace(0, len(cuts) - 1, _CUTS).round().astype(np.int64))]
+def _bins(split: Split, k: int, cuts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each sample (N,) the first of ``cuts`` of exit ``k`` by which it leaves."""
     place = np.empty(split.num_samples, dtype=np.int64)
     place[split.orders[k]] = split.samples
-    return cuts, np.searchsorted(cuts, place, side="right")
+    return np.searchsorted(cuts, place, side="right")
 
 
 def _up_to(bins: NDArray[np.int64], weights: NDArray[np.float64], count: int) -> NDArray[np.float64]:
