@@ -341,10 +341,15 @@ def draw_budgets(
     names: Mapping[str, str] | None = None,
     static: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Accuracy over mean MACs of the first seed of every variant, its exits as stars; ``static`` rivals as squares."""
+    """Accuracy over mean MACs of every variant, mean over its seeds, exits as stars; ``static`` rivals as squares."""
+
+    def mean_point(points: Sequence[dict[str, float]]) -> SimpleNamespace:
+        mean = {name: statistics.fmean(point[name] for point in points) for name in ("budget", "cost", "accuracy")}
+        return SimpleNamespace(**mean, interval=(mean["accuracy"],) * 2)
+
     curves = {
         (names or {}).get(variant, variant): [
-            SimpleNamespace(**point, interval=(point["accuracy"],) * 2) for point in group[0]["budgeted"]
+            mean_point(points) for points in zip(*(result["budgeted"] for result in group), strict=True)
         ]
         for variant, group in groups.items()
     }
@@ -352,8 +357,9 @@ def draw_budgets(
     axes = figure.axes[0]
     divisor, _ = plots.si_unit(max(point.cost for points in curves.values() for point in points))
     for line, group in zip(axes.lines, groups.values(), strict=True):
-        exits = group[0]["exits"]
-        x, y = [e["macs"] / divisor for e in exits], [100 * e["accuracy"] for e in exits]
+        exits = list(zip(*(result["exits"] for result in group), strict=True))
+        x = [seeds[0]["macs"] / divisor for seeds in exits]
+        y = [100 * statistics.fmean(e["accuracy"] for e in seeds) for seeds in exits]
         axes.plot(x, y, linestyle="", marker="*", markersize=11, color=line.get_color())
     if static:
         x, y = zip(*((macs / divisor, 100 * accuracy) for macs, accuracy in static), strict=True)

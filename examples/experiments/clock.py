@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lite0
 import lite0_cifar
 import numpy as np
 import torch
-from base import Experiment, Place, Result, Run, by_variant, percent, table, test_batches, verdict
+from base import Experiment, Place, Result, Run, by_variant, mean_and_error, percent, table, test_batches, verdict
 from lite0 import Field, families, frontier, gains_in_the_middle
 from matplotlib.figure import Figure
 from timing import interleaved
@@ -146,6 +147,25 @@ def measured_engines(result: Result) -> list[str]:
     return [engine for engine in ENGINES if any(point["engine"] == engine for point in result["points"])]
 
 
+def over_seeds(results: list[Result]) -> Result:
+    """The mean of every point over the seeds; of the networks that every seed has."""
+    everywhere = set.intersection(*({point["name"] for point in result["points"]} for result in results))
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        policies: dict[tuple[Any, ...], int] = {}
+        for point in result["points"]:
+            if point["name"] in everywhere:
+                of = (point["engine"], point["batch"], point["name"])
+                policies[of] = policies.get(of, -1) + 1
+                found.setdefault((*of, policies[of]), []).append(point)
+    points = [
+        {**points[0], **{key: fmean(point[key] for point in points) for key in ("accuracy", "macs", "ms")}}
+        for points in found.values()
+        if len(points) == len(results)  # an engine may refuse a network of one seed
+    ]
+    return {**results[0], "points": points}
+
+
 def curves(result: Result, engine: str, batch: int, cost: str = "ms") -> dict[str, np.ndarray]:
     """Cost and accuracy (2, N) of the dynamic networks, sizes together, and of ``static``: all rivals together."""
     points: dict[str, list[tuple[float, float]]] = {}
@@ -184,33 +204,34 @@ def draw(result: Result, path: Path) -> None:
     plots.save(figure, path)
 
 
+def gains_over_static(result: Result, engine: str, batch: int) -> dict[str, np.ndarray]:
+    """How far every dynamic network is above the static ones of the same time per image, in the middle half."""
+    found = curves(result, engine, batch)
+    rivals = frontier(list(zip(*found.pop("static"), strict=True)))
+    gains = {name: gains_in_the_middle(curve, rivals) for name, curve in found.items()}
+    return {name: gain for name, gain in gains.items() if gain is not None}
+
+
 def section(results: list[Result], pictures: Path) -> str:
     text = []
-    for data, (result, *_) in by_variant(results).items():
-        draw(result, pictures / f"{data}.png")
+    for data, group in by_variant(results).items():
+        mean = over_seeds(group)
+        draw(mean, pictures / f"{data}.png")
         text.append(f"![{data}: accuracy over measured milliseconds per image](results/clock/{data}.png)\n")
         rows, least = [], []
-        for engine in measured_engines(result):
+        for engine in measured_engines(mean):
             for batch in BATCHES:
-                found = curves(result, engine, batch)
-                rivals = frontier(list(zip(*found.pop("static"), strict=True)))
-                gains = {name: gains_in_the_middle(curve, rivals) for name, curve in found.items()}
-                gains = {name: gain for name, gain in gains.items() if gain is not None}
+                gains = gains_over_static(mean, engine, batch)
                 least.append(max(gain.min() for gain in gains.values()))
+                by_seed = [gains_over_static(over_seeds([result]), engine, batch) for result in group]
                 for name, gain in gains.items():
-                    rows.append(
-                        [
-                            ENGINES[engine],
-                            batch,
-                            name,
-                            percent(gain.min(), sign=True),
-                            percent(gain.mean(), sign=True),
-                            percent(gain.max(), sign=True),
-                        ]
-                    )
+                    means = [of_seed[name].mean() for of_seed in by_seed if name in of_seed]
+                    cells = percent(gain.min(), sign=True), percent(gain.max(), sign=True)
+                    words = percent(gain.mean(), mean_and_error(means)[1], sign=True)
+                    rows.append([ENGINES[engine], batch, name, cells[0], words, cells[1]])
         text.append(
             f"{data}: accuracy in points above the best static network of the same time per image, over the middle "
-            "half of the range both cover:\n"
+            f"half of the range both cover, {len(group)} {'seeds' if len(group) > 1 else 'seed'}:\n"
         )
         text.append(table(["", "batch", "", "least", "mean", "most"], rows))
         above = least[0] > 0
@@ -228,6 +249,6 @@ EXPERIMENT = Experiment(
     name="clock",
     title="On the clock",
     claim="What early exits save in MACs they save in milliseconds.",
-    runs=[Run(data, 0, partial(measure, data)) for data in FIELDS],
+    runs=[Run(data, seed, partial(measure, data)) for data, field in FIELDS.items() for seed in range(field.seeds)],
     section=section,
 )

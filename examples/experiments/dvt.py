@@ -126,7 +126,7 @@ def section(results: list[Result], pictures: Path) -> str:
         text.append(verdict(True if shown else False if against else None, sentence))
     drawn = {name: group for name, group in groups.items() if name.split("_")[-1] not in TRIES}
     draw_budgets(drawn, pictures / "budgeted.png", NAMES)
-    text.append("![Accuracy over mean MACs of the variants, seed 0](results/dvt/budgeted.png)\n")
+    text.append("![Accuracy over mean MACs of the variants, mean over seeds](results/dvt/budgeted.png)\n")
     return "\n".join(text)
 
 

@@ -112,7 +112,8 @@ def budget_curve(
     for i, (name, points) in enumerate(curves.items()):
         points = sorted(points, key=lambda p: p.cost)
         x = [p.cost / divisor for p in points]
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        # As many markers as colours: the second time round they are paired otherwise.
+        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]
         axes.plot(x, [100 * p.accuracy for p in points], color=colour, marker=marker, markersize=4.5, label=name)
         low, high = zip(*(p.interval for p in points), strict=True)
         axes.fill_between(x, 100 * np.array(low), 100 * np.array(high), color=colour, alpha=0.15, linewidth=0)
