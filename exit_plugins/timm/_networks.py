@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from ._host import TimmModel
 from ._trace import is_layer, trace_network, traceable_copy
-from .layers import fold_pair, use_faster_products
+from .kernels import use_faster_products
+from .layers import fold_pair
 
 __all__ = ["fuse_network", "groups_of_part"]
 

@@ -21,7 +21,7 @@ from ..exits.protocol import State
 from . import dynperceiver
 from ._host import TimmModel
 from .dynperceiver import DynPerceiver
-from .layers import Network
+from .kernels import Network
 
 __all__ = ["FrameStream", "TemporalShift", "shift_frames", "shifts_of", "temporal_shift"]
 
