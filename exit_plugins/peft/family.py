@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..timm.kernels import use_faster_products
 from ._host import AuxiliaryTrainingWrapper, HostModel
 
 __all__ = ["FAMILIES", "Family", "names_of", "register_family"]
@@ -72,6 +73,11 @@ class Family(ABC):
     @abstractmethod
     def finish(self, model: HostModel, state: Any) -> Tensor:
         """The last exit's logits (B, C), by the backbone's own norm and head."""
+
+    def fuse(self, model: HostModel) -> "Family":
+        """Put the form for inference of a model without adapters in place; return the family that runs it."""
+        use_faster_products(model)
+        return self
 
 
 FAMILIES: list[Family] = []

@@ -1,5 +1,6 @@
 """timm's networks as chains of blocks or stages, cut by the timm wing's splitter, and their layers to adapt."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..exits import MultiExit
+from ..timm._networks import fuse_network
 from ..timm.split import Split, find_cuts, is_layer, pool_features, traceable_copy
 from ._host import HostModel, is_tuner_layer, method_of
 from .family import Family, names_of
@@ -133,6 +135,13 @@ class TimmFamily(Family):
 
     def finish(self, model, state):
         return self.run(model, len(self.split.cuts), state)[0][0]
+
+    def fuse(self, model):
+        net, names = self.net(model), [cut.name for cut in self.split.cuts]
+        fuse_network(net, names)
+        fused = copy.copy(self)  # other models may be run by this one
+        fused.split = Split(net, names, self.input_size)
+        return fused
 
 
 def _is_stem(name: str, module: nn.Module) -> bool:

@@ -26,17 +26,25 @@ def groups_of_part(part: TimmModel, prefix: str, coarse: bool) -> Callable[[str]
     return group
 
 
-def fuse_network(net: nn.Module, exit_names: Sequence[str]) -> None:
-    """Put the inference form of a timm network in place; what the modules ``exit_names`` return stays as it is."""
+def fuse_network(net: nn.Module, exit_names: Sequence[str] = ()) -> None:
+    """Put the inference form of a timm network in place; what the modules ``exit_names`` return stays as it is.
+
+    A network without exits that cannot be traced keeps its batch norms.
+    """
     reparameterize_model(net, inplace=True)
     use_faster_products(_fold_batch_norms(net, exit_names))
 
 
 def _fold_batch_norms(net: nn.Module, exit_names: Sequence[str]) -> nn.Module:
     """Fold each batch norm into the convolution whose output it alone reads, as a trace shows; return ``net``."""
-    graph, calls, _ = trace_network(
-        traceable_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False)
-    )
+    try:
+        graph, calls, _ = trace_network(
+            traceable_copy(net).eval(), lambda name, module: not is_layer(module, timm_layers=False)
+        )
+    except Exception:  # whatever the network's own code raises at a proxy
+        if exit_names:
+            raise
+        return net
     read_by_heads = {leaf.node for name in exit_names for leaf in tree_leaves(calls[name][0][0])}
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_module" and node.args else None

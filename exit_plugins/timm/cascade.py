@@ -18,6 +18,7 @@ from .._modules import ModuleList
 from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
 from ._host import TimmModel, model_config, set_model_config, set_model_traits, update_model_args
+from ._networks import fuse_network
 from .layers import check_has_exits, check_image
 
 __all__ = ["Cascade", "cascade_of"]
@@ -179,6 +180,16 @@ class Cascade(MultiExit, nn.Module):
         if self.average:
             return self._mean_logits(x)
         return self.networks[-1](self.views[-1](x))
+
+    @torch.jit.ignore
+    def fuse(self) -> "Cascade":
+        """Put every member's form for inference in place, with the same outputs up to rounding; return ``self``.
+
+        Batch norms are folded where a trace shows what reads them: a member that cannot be traced keeps its own.
+        """
+        for net in self.eval().networks:
+            fuse_network(net)
+        return self
 
     @torch.jit.ignore
     def _mean_logits(self, x: Tensor) -> Tensor:

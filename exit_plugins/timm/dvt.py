@@ -31,6 +31,7 @@ from ._dvt_reuse import DVTBlock, TokenResize
 from ._dvt_tokens import Patches, PatchTokens, Performer, T2TTokens, cut_side, sinusoids
 from ._dvt_weights import allow_numpy_data, checkpoint_filter_fn, policies_from_checkpoint
 from ._host import feature_take_indices, update_model_args, update_model_input_size
+from .kernels import use_faster_products
 from .layers import check_has_exits
 
 __all__ = ["DVT", "DVTCfg", "policies_from_checkpoint"]
@@ -441,6 +442,14 @@ class DVT(MultiExit, _Stages):
             elif isinstance(module, DVTStage):
                 trunc_normal_(module.cls_token, std=0.02)
                 module.fill_positions()
+
+    @torch.jit.ignore
+    def fuse(self) -> "DVT":
+        """Have tokens multiplied by the processor's fastest kernels, in place and for inference only; return ``self``.
+
+        The outputs stay the same up to rounding, the state dict as it is: there is nothing to fold.
+        """
+        return use_faster_products(self.eval())
 
     def begin_exits(self, x: Tensor) -> dict[str, Tensor]:
         """State before the first segment: the images (B, C, H, W), checked."""

@@ -69,4 +69,7 @@ def check_adapted(name: str, config=None, **kwargs) -> DynPeftModel:
             scale = max(float(z.abs().max()) for z in exits)
             for mine, theirs in zip(exits, merged.forward_exits(x), strict=True):
                 assert (mine - theirs).abs().max() <= 1e-3 * scale, "merged"
+            exits = merged.forward_exits(x)
+            for mine, theirs in zip(exits, merged.fuse().forward_exits(x), strict=True):
+                assert (mine - theirs).abs().max() <= 1e-3 * scale, "fused"
     return model

@@ -86,6 +86,11 @@ def test_exits_are_those_of_the_backbones_own_forward(name, images, tmp_path):
         for mine, theirs in zip(exits, merged.forward_exits(images), strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
         assert torch.equal(merged(images), merged.forward_exits(images)[-1])
+        fused = copy.deepcopy(merged).fuse()
+        for mine, theirs in zip(exits, fused.forward_exits(images.repeat(2, 1, 1, 1)), strict=True):
+            torch.testing.assert_close(theirs, mine.repeat(2, 1), atol=1e-5, rtol=1e-5)
+        for mine, theirs in zip(exits, merged.forward_exits(images), strict=True):  # what ran it before still does
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,5 +1,7 @@
 """Cascades: every exit is a member seen at its size and in its normalisation, computed here by timm and torchvision."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -57,6 +59,37 @@ def test_averages_are_of_the_members_so_far(members):
     assert first.equal(single[0])
     torch.testing.assert_close(second, (single[0] + single[1]) / 2)
     torch.testing.assert_close(model(x), second)
+
+
+class Untraceable(torch.nn.Module):
+    """Asks its pictures how many they are, in a way that no trace can follow."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        for name in ("num_classes", "num_features", "feature_info", "pretrained_cfg", "default_cfg"):
+            setattr(self, name, getattr(net, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) if float(x.abs().sum()) > 0 else self.net(x + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("traceable", [True, False])
+def test_fuse_folds_the_norms_of_every_member_that_can_be_traced(members, traceable):
+    for module in (m for net in members for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        module.running_mean.normal_(0, 0.1)
+        module.running_var.uniform_(0.5, 1.5)
+    if not traceable:
+        members[1] = Untraceable(members[1]).eval()
+    model, x = cascade(members, sizes=(32, 64)), pictures()
+    expected = model.forward_exits(x)
+    fused = copy.deepcopy(model).fuse()
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules()) for net in fused.networks]
+    assert norms[0] == 0 and (norms[1] == 0) == traceable
+    for found, wanted in zip(fused.forward_exits(x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    assert AdaptiveModel(model, ExitPolicy([0.9, 0.0])).mode == "fused"
 
 
 @torch.no_grad()

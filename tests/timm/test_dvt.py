@@ -1,6 +1,7 @@
 """DVT against the published code's figures, the paper's tables and naive restatements."""
 
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, MultiExitLoss, exit_costs, solve_thresholds
-from exit_plugins.timm import _dvt_reuse
+from exit_plugins.timm import _dvt_reuse, kernels
 from exit_plugins.timm._dvt_reuse import ReuseAttention
 from exit_plugins.timm.dvt import DVT, DVTCfg, TokenResize, checkpoint_filter_fn, policies_from_checkpoint
 
@@ -286,10 +287,24 @@ class Kernels(TorchDispatchMode):
 @torch.no_grad()
 def test_attention_is_fused_unless_the_next_exit_reads_its_logits(kwargs, unfused_stages):
     model = small(**kwargs)
-    with Kernels() as kernels:
+    with Kernels() as called:
         model(pixels())
-    assert kernels.softmax == 3 * unfused_stages
-    assert kernels.fused == 3 * (model.num_exits - unfused_stages)
+    assert called.softmax == 3 * unfused_stages
+    assert called.fused == 3 * (model.num_exits - unfused_stages)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 6])  # few images, and enough for convolutions over tokens
+@pytest.mark.parametrize("kwargs", [{}, dict(tokens="patch")])
+def test_fuse_changes_no_answer_and_no_weight(kwargs, batch, monkeypatch):
+    monkeypatch.setattr(kernels, "processor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model, x = small(**kwargs).double(), torch.randn(batch, 3, 64, 64, dtype=torch.float64)
+    fused = copy.deepcopy(model).fuse()
+    assert any(isinstance(module, kernels.TokenLinear) for module in fused.modules())
+    assert fused.state_dict().keys() == model.state_dict().keys()
+    for found, wanted in zip(fused.forward_exits(x), model.forward_exits(x), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @torch.no_grad()
