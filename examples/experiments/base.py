@@ -187,11 +187,11 @@ class Experiment:
 
 
 def git_commit() -> str | None:
-    """The commit the code is of, with ``+`` behind it where files were changed since; None without git."""
+    """The commit the code is of, with ``+`` behind it where code was changed since; None without git."""
     try:
         said = [
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"])
         ]
     except (OSError, subprocess.CalledProcessError):
         return None

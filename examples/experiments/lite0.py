@@ -199,12 +199,13 @@ def draw_families(curves: dict[str, np.ndarray], static: list[tuple[float, float
     drawn = {name: curve for name, curve in curves.items() if name.endswith("any size")} or curves
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*np.array(static).T * [[1e-6], [100]], linestyle="", marker="s", color="0.4", label="static networks")
-    axes.plot(*frontier(static) * [[1e-6], [100]], linestyle="--", color="0.4")
+    if static:
+        axes.plot(*np.array(static).T * [[1e-6], [100]], linestyle="", marker="s", color="0.4", label="static networks")
+        axes.plot(*frontier(static) * [[1e-6], [100]], linestyle="--", color="0.4")
+        # Below the least accurate static network there is nothing to compare.
+        axes.set_ylim(bottom=100 * min(accuracy for _, accuracy in static) - 8)
     for name, (macs, accuracy) in drawn.items():
         axes.plot(macs / 1e6, 100 * accuracy, marker="o", markersize=4.5, label=name)
-    # Below the least accurate static network there is nothing to compare.
-    axes.set_ylim(bottom=100 * min(accuracy for _, accuracy in static) - 8)
     axes.set_xlabel("mean cost per image [MMACs]")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(color="0.9")
