@@ -320,18 +320,20 @@ def exits_table(results: Sequence[Result], names: Mapping[str, str] | None = Non
 def certificates(groups: Mapping[str, Sequence[Result]]) -> str:
     rows = []
     for variant, group in groups.items():
-        found = group[0]["certified"]
         for method in ("ucb", "ltt"):
-            one = found[method]
+            one = {
+                key: statistics.fmean(result["certified"][method][key] for result in group)
+                for key in ("disagreement", "exceeded", "speed_up")
+            }
             figures = percent(one["disagreement"]), percent(one["exceeded"]), f"{one['speed_up']:.2f}x"
-            rows.append([variant, method.upper(), *figures])
+            rows.append([variant, method.upper(), *figures, len(group)])
     head = next(iter(groups.values()))[0]["certified"]
     words = (
         f"Policies certified to differ from the last exit on at most {percent(head['epsilon'])} % of the images, with "
         f"probability {percent(1 - head['delta'])} %, over {head['resplits']} random divisions of the test images "
         "(solved on a quarter, certified on half of them, measured on the last quarter):\n\n"
     )
-    header = ["", "method", "differ (%)", "bound exceeded in (%) of the divisions", "MACs saved"]
+    header = ["", "method", "differ (%)", "bound exceeded in (%) of the divisions", "MACs saved", "seeds"]
     return words + table(header, rows)
 
 
@@ -339,9 +341,8 @@ def draw_budgets(
     groups: Mapping[str, Sequence[Result]],
     path: Path,
     names: Mapping[str, str] | None = None,
-    static: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Accuracy over mean MACs of every variant, mean over its seeds, exits as stars; ``static`` rivals as squares."""
+    """Accuracy over mean MACs of every variant, mean over its seeds, exits as stars."""
 
     def mean_point(points: Sequence[dict[str, float]]) -> SimpleNamespace:
         mean = {name: statistics.fmean(point[name] for point in points) for name in ("budget", "cost", "accuracy")}
@@ -361,10 +362,6 @@ def draw_budgets(
         x = [seeds[0]["macs"] / divisor for seeds in exits]
         y = [100 * statistics.fmean(e["accuracy"] for e in seeds) for seeds in exits]
         axes.plot(x, y, linestyle="", marker="*", markersize=11, color=line.get_color())
-    if static:
-        x, y = zip(*((macs / divisor, 100 * accuracy) for macs, accuracy in static), strict=True)
-        axes.plot(x, y, linestyle="--", marker="s", color="0.4", label="plain network")
-        axes.legend(frameon=False, loc="lower right")
     plots.save(figure, path)
 
 

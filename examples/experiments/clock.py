@@ -147,9 +147,13 @@ def measured_engines(result: Result) -> list[str]:
     return [engine for engine in ENGINES if any(point["engine"] == engine for point in result["points"])]
 
 
-def over_seeds(results: list[Result]) -> Result:
-    """The mean of every point over the seeds; of the networks that every seed has."""
-    everywhere = set.intersection(*({point["name"] for point in result["points"]} for result in results))
+def in_all(results: list[Result]) -> set[str]:
+    """The networks that every seed has."""
+    return set.intersection(*({point["name"] for point in result["points"]} for result in results))
+
+
+def over_seeds(results: list[Result], everywhere: set[str]) -> Result:
+    """The mean of every point of the networks ``everywhere`` over the seeds."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for result in results:
         policies: dict[tuple[Any, ...], int] = {}
@@ -159,7 +163,7 @@ def over_seeds(results: list[Result]) -> Result:
                 policies[of] = policies.get(of, -1) + 1
                 found.setdefault((*of, policies[of]), []).append(point)
     points = [
-        {**points[0], **{key: fmean(point[key] for point in points) for key in ("accuracy", "macs", "ms")}}
+        {**points[0], **{key: fmean(point[key] for point in points) for key in ("accuracy", "macs", "ms", "iqr_ms")}}
         for points in found.values()
         if len(points) == len(results)  # an engine may refuse a network of one seed
     ]
@@ -215,7 +219,8 @@ def gains_over_static(result: Result, engine: str, batch: int) -> dict[str, np.n
 def section(results: list[Result], pictures: Path) -> str:
     text = []
     for data, group in by_variant(results).items():
-        mean = over_seeds(group)
+        everywhere = in_all(group)
+        mean = over_seeds(group, everywhere)
         draw(mean, pictures / f"{data}.png")
         text.append(f"![{data}: accuracy over measured milliseconds per image](results/clock/{data}.png)\n")
         rows, least = [], []
@@ -223,17 +228,20 @@ def section(results: list[Result], pictures: Path) -> str:
             for batch in BATCHES:
                 gains = gains_over_static(mean, engine, batch)
                 least.append(max(gain.min() for gain in gains.values()))
-                by_seed = [gains_over_static(over_seeds([result]), engine, batch) for result in group]
+                by_seed = [gains_over_static(over_seeds([result], everywhere), engine, batch) for result in group]
                 for name, gain in gains.items():
                     means = [of_seed[name].mean() for of_seed in by_seed if name in of_seed]
                     cells = percent(gain.min(), sign=True), percent(gain.max(), sign=True)
-                    words = percent(gain.mean(), mean_and_error(means)[1], sign=True)
+                    words = percent(gain.mean(), mean_and_error(means)[1] if means else None, sign=True)
                     rows.append([ENGINES[engine], batch, name, cells[0], words, cells[1]])
         text.append(
             f"{data}: accuracy in points above the best static network of the same time per image, over the middle "
             f"half of the range both cover, {len(group)} {'seeds' if len(group) > 1 else 'seed'}:\n"
         )
         text.append(table(["", "batch", "", "least", "mean", "most"], rows))
+        some = {point["name"] for result in group for point in result["points"]} - everywhere
+        if some:
+            text.append(f"Left out, since not every seed has them yet: {', '.join(sorted(some))}.\n")
         above = least[0] > 0
         text.append(
             verdict(

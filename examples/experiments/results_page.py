@@ -28,9 +28,11 @@ def write_report(experiments: Sequence[Experiment], place: Place, page: Path) ->
             continue
         pictures = place.results / experiment.name
         title = f"## {experiment.title}\n\n**Claim.** {experiment.claim}\n\n"
-        done = f"`make experiments ONLY={experiment.name}` ({len(results)} of {len(experiment.runs)} runs done, "
+        done = f"`make experiments ONLY={experiment.name}` ({len(results)} of {len(experiment.runs)} runs done"
         hours = sum(result.get("cpu_seconds", 0) for result in results) / 3600
-        parts.append(title + experiment.section(results, pictures) + f"\n{done}{hours:.1f} core-hours)\n")
+        if hours:
+            done += f", {hours:.1f} core-hours"
+        parts.append(title + experiment.section(results, pictures) + f"\n{done})\n")
     if missing:
         names = ", ".join(f"`{experiment.name}` ({experiment.title})" for experiment in missing)
         parts.append(f"## Not run yet\n\n{names}.\n")

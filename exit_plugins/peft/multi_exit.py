@@ -8,6 +8,8 @@ from torch import nn
 
 from .._modules import ModuleList
 from ..exits.clips import over_clips
+from ..timm._networks import check_not_fused
+from ..timm.kernels import check_evaluating
 from ._host import AuxiliaryTrainingWrapper, BaseTunerLayer, HostModel
 from .card import update_card
 from .exit_model import ExitModel
@@ -43,6 +45,7 @@ class MultiExitBackbone(ExitModel, nn.Module):
         self.early_heads = early_heads
         self.exit_after = tuple(exit_after)
         self.token = token
+        self.fused = False
         self.family = family or find_family(backbone)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,10 +59,15 @@ class MultiExitBackbone(ExitModel, nn.Module):
     def fuse(self) -> "MultiExitBackbone":
         """Put the form for inference in place, with the same outputs up to rounding; return ``self``.
 
-        Batch norms are folded, and products done by the kernels that are fastest here. The state dict changes with it.
-        Where there are still adapters in the backbone, nothing is changed.
+        Products over positions are done by the kernels that are fastest here, and in timm's networks batch norms are
+        folded, with which the state dict changes. Where there are still adapters in the backbone, nothing is changed.
+
+        Raises:
+            RuntimeError: the model is in training mode.
         """
-        if not self.eval()._has_adapters():
+        check_evaluating(self)
+        if not self.fused and not self._has_adapters():
+            self.fused = True
             self.family = self.family.fuse(self.backbone)
         return self
 
@@ -86,8 +94,10 @@ class MultiExitBackbone(ExitModel, nn.Module):
             kwargs: of transformers' ``save_pretrained``, or ``model_args`` of timm's ``save_for_hf``.
 
         Raises:
-            ValueError: there are adapters in the backbone, which ``merge_and_unload`` of the adapted model folds in.
+            ValueError: there are adapters in the backbone, which ``merge_and_unload`` of the adapted model folds in; or
+                the model is in its form for inference.
         """
+        check_not_fused(self)
         if self._has_adapters():
             raise ValueError(
                 "there are adapters in this model: save the DynPeftModel it comes from, or fold them in by its "

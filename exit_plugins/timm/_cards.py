@@ -15,6 +15,7 @@ from ..exits.files import atomic_write
 from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.protocol import check_multi_exit
 from ._host import TimmModel, generate_readme, hf_split, model_config
+from ._networks import check_not_fused
 from ._shipped import list_shipped, shipped_policy
 from .images import input_config
 
@@ -108,8 +109,9 @@ def save_for_hf(
 
     Raises:
         ValueError: the policy is for another model or was solved with other weights, or there are not as many names as
-            classes; nothing is written.
+            classes, or the model is in its form for inference; nothing is written.
     """
+    check_not_fused(model)
     stats = _exit_stats(model, accuracies)
     card = card or model_card(model, accuracies, dataset)
     kwargs["model_config"] = {"exits": stats, **(kwargs.get("model_config") or {})}

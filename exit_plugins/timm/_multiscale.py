@@ -19,6 +19,7 @@ from ..exits.protocol import MultiExit
 from ._host import feature_take_indices
 from ._scale_layers import DenseLayer, DenseScale, MapExitHead, MultiScaleStem, ScalesLayer
 from ._scale_plan import LayerPlan, plan_layers, trim_plan
+from .kernels import check_evaluating
 from .layers import fuse_convolutions
 
 __all__ = ["MultiScaleNet", "cifar_cfg", "imagenet_cfg"]
@@ -95,6 +96,7 @@ class MultiScaleNet(MultiExit, nn.Module):
 
         steps = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, blocks)]
         self.num_exits = blocks
+        self.fused = False
         self.exit_layers = [sum(steps[: i + 1]) - 1 for i in range(blocks)]  # the layer each exit reads behind
         num_layers, num_scales = sum(steps), len(factors)
         plans = plan_layers(num_layers, num_scales, width, growth, prune, reduction, self.drops_between)
@@ -242,8 +244,16 @@ class MultiScaleNet(MultiExit, nn.Module):
         return self.stem(x)
 
     def fuse(self) -> "MultiScaleNet":
-        """Fold the batch norms and make 1x1 convolutions fast, in place and for inference only; return ``self``."""
-        return fuse_convolutions(self.eval())
+        """Fold the batch norms and make 1x1 convolutions fast, in place and for inference only; return ``self``.
+
+        The outputs stay the same up to rounding; the state dict changes with it.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+        """
+        check_evaluating(self)
+        self.fused = True
+        return fuse_convolutions(self)
 
     def forward_exit(self, index: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run the layers of segment ``index``; logits (B, num_classes) and the maps that later layers read."""

@@ -12,7 +12,7 @@ from ._trace import is_layer, trace_network, traceable_copy
 from .kernels import use_faster_products
 from .layers import fold_pair
 
-__all__ = ["fuse_network", "groups_of_part"]
+__all__ = ["check_not_fused", "fuse_network", "groups_of_part"]
 
 
 def groups_of_part(part: TimmModel, prefix: str, coarse: bool) -> Callable[[str], tuple[float, ...]]:
@@ -24,6 +24,15 @@ def groups_of_part(part: TimmModel, prefix: str, coarse: bool) -> Callable[[str]
         return (groups.get(name.removeprefix(prefix), last),)
 
     return group
+
+
+def check_not_fused(model: nn.Module) -> None:
+    """Raise ValueError if ``fuse()`` has changed the weights of ``model``: nothing could load what is saved of it."""
+    if getattr(model, "fused", False):
+        raise ValueError(
+            f"this {type(model).__name__} is in its form for inference, with weights that no other model loads: save "
+            "the model as it was before fuse()."
+        )
 
 
 def fuse_network(net: nn.Module, exit_names: Sequence[str] = ()) -> None:

@@ -18,6 +18,7 @@ from ._early_head import HEADS, EarlyHead
 from ._host import TimmModel, model_config, model_traits, set_model_config, set_model_traits, update_model_args
 from ._networks import fuse_network, groups_of_part
 from ._shipped import shipped_weights
+from .kernels import check_evaluating
 from .layers import check_has_exits, check_image
 from .split import Cut, Split, find_cuts, place_cuts
 
@@ -278,8 +279,7 @@ class WithExits(MultiExit, nn.Module):
         Raises:
             RuntimeError: The model is in training mode.
         """
-        if self.training:
-            raise RuntimeError("fuse() folds batch norms with their running statistics: call model.eval() first.")
+        check_evaluating(self)
         if not self.fused:
             self.fused = True
             fuse_network(self.backbone, self.exit_names)

@@ -19,6 +19,7 @@ from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
 from ._host import TimmModel, model_config, set_model_config, set_model_traits, update_model_args
 from ._networks import fuse_network
+from .kernels import check_evaluating
 from .layers import check_has_exits, check_image
 
 __all__ = ["Cascade", "cascade_of"]
@@ -139,6 +140,7 @@ class Cascade(MultiExit, nn.Module):
         self.networks = ModuleList(distinct)
         self.member_network = tuple(next(i for i, other in enumerate(distinct) if other is net) for net in networks)
         self.average = average
+        self.fused = False
         self.num_exits = len(networks)
         self.num_classes = networks[-1].num_classes
         self.in_chans = get_model_input_config(networks[-1])["input_size"][0]
@@ -185,10 +187,17 @@ class Cascade(MultiExit, nn.Module):
     def fuse(self) -> "Cascade":
         """Put every member's form for inference in place, with the same outputs up to rounding; return ``self``.
 
-        Batch norms are folded where a trace shows what reads them: a member that cannot be traced keeps its own.
+        Batch norms are folded where a trace shows what reads them: a member that cannot be traced keeps its own. The
+        state dict changes with it.
+
+        Raises:
+            RuntimeError: The model is in training mode.
         """
-        for net in self.eval().networks:
-            fuse_network(net)
+        check_evaluating(self)
+        if not self.fused:
+            self.fused = True
+            for net in self.networks:
+                fuse_network(net)
         return self
 
     @torch.jit.ignore

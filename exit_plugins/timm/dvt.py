@@ -31,7 +31,7 @@ from ._dvt_reuse import DVTBlock, TokenResize
 from ._dvt_tokens import Patches, PatchTokens, Performer, T2TTokens, cut_side, sinusoids
 from ._dvt_weights import allow_numpy_data, checkpoint_filter_fn, policies_from_checkpoint
 from ._host import feature_take_indices, update_model_args, update_model_input_size
-from .kernels import use_faster_products
+from .kernels import check_evaluating, use_faster_products
 from .layers import check_has_exits
 
 __all__ = ["DVT", "DVTCfg", "policies_from_checkpoint"]
@@ -448,8 +448,12 @@ class DVT(MultiExit, _Stages):
         """Have tokens multiplied by the processor's fastest kernels, in place and for inference only; return ``self``.
 
         The outputs stay the same up to rounding, the state dict as it is: there is nothing to fold.
+
+        Raises:
+            RuntimeError: The model is in training mode.
         """
-        return use_faster_products(self.eval())
+        check_evaluating(self)
+        return use_faster_products(self)
 
     def begin_exits(self, x: Tensor) -> dict[str, Tensor]:
         """State before the first segment: the images (B, C, H, W), checked."""

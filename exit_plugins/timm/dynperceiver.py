@@ -33,6 +33,7 @@ from ._host import (
     set_model_traits,
 )
 from ._networks import fuse_network, groups_of_part
+from .kernels import check_evaluating
 from .layers import (
     check_has_exits,
     check_image,
@@ -552,8 +553,7 @@ class DynPerceiver(MultiExit, nn.Module):
         Raises:
             RuntimeError: The model is in training mode.
         """
-        if self.training:
-            raise RuntimeError("fuse() folds batch norms with their running statistics: call model.eval() first.")
+        check_evaluating(self)
         if self.fused:
             return self
         self.fused = True

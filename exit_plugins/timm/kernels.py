@@ -14,9 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Network", "PointwiseConv", "TokenLinear", "pointwise", "processor", "tokenwise", "use_faster_products"]
+__all__ = [
+    "Network",
+    "PointwiseConv",
+    "TokenLinear",
+    "check_evaluating",
+    "pointwise",
+    "processor",
+    "tokenwise",
+    "use_faster_products",
+]
 
 Network = TypeVar("Network", bound=nn.Module)
+
+FEW = 4  # images up to which torch's convolutions do not go through oneDNN's best kernels
 
 # Leaves for FX tracing, where types and shapes are not known.
 torch.fx.wrap("pointwise")
@@ -39,7 +50,10 @@ def processor() -> str:
     return next((maker for maker in ("GenuineIntel", "AuthenticAMD") if maker in said), "")
 
 
-FEW = 4  # images up to which torch's convolutions do not go through oneDNN's best kernels
+def check_evaluating(model: nn.Module) -> None:
+    """Raise RuntimeError if ``model``, whose ``fuse()`` was called, is in training mode."""
+    if model.training:
+        raise RuntimeError("fuse() folds batch norms with their running statistics: call model.eval() first.")
 
 
 def _in_a_graph() -> bool:
@@ -127,10 +141,13 @@ class PointwiseConv(nn.Conv2d):
 def use_faster_products(module: Network) -> Network:
     """1x1 convolutions as ``PointwiseConv`` and linear layers as ``TokenLinear``, in place; return ``module``.
 
-    Fast in ``channels_last``, right in any layout.
+    Fast in ``channels_last``, right in any layout. Layers that something else computes the weights of, or listens to,
+    stay.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
+            if "weight" not in child._parameters or child._forward_hooks:
+                continue
             if PointwiseConv.replaces(child):
                 setattr(parent, name, PointwiseConv.of(child))
             elif type(child) is nn.Linear:

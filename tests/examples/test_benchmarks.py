@@ -31,6 +31,15 @@ from token_merging import MergingTransformer, merge_tokens
 from exit_plugins import exit_costs
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make a benchmark on a machine that does other things last for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("num_exits", [2, 3, 4, 7])
 def test_forced_mixes_have_their_shares(num_exits):
     confidence = np.random.default_rng(0).random((num_exits, 840)).astype(np.float32)

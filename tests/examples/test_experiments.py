@@ -13,6 +13,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "experiments"
 sys.path.append(str(FOLDER))
 
 import base  # noqa: E402
+import clock  # noqa: E402
+import lite0  # noqa: E402
 import run as queue  # noqa: E402
 
 
@@ -104,3 +106,52 @@ def test_adapters_with_and_without_exits_are_of_one_network(form, tmp_path):
     ]
     text = motion_peft.section(results, tmp_path)
     assert f"{100 * plain['exits'][0]['accuracy']:.1f}" in text and "**Not shown.**" in text
+
+
+def timed(seed: int, names: dict[str, float]) -> dict:
+    """A result of ``clock``: static networks on one line, and each of ``names`` so many points above it."""
+    points = []
+    for batch in clock.BATCHES:
+        for ms in (1.0, 2.0, 3.0):
+            static = {"engine": "torch", "batch": batch, "macs": ms, "ms": ms, "iqr_ms": 0.1}
+            points.append({**static, "name": f"plain_{ms:.0f}", "static": True, "accuracy": 0.5 + 0.1 * ms})
+            for name, above in names.items():
+                points.append({**static, "name": name, "static": False, "accuracy": 0.5 + 0.1 * ms + above})
+    return {"variant": "caltech101", "seed": seed, "points": points}
+
+
+def test_the_clock_takes_the_mean_over_seeds_of_the_networks_that_all_have(tmp_path):
+    results = [
+        timed(0, {"exits_64": 0.01, "exits_96": 0.02, "late": 0.5}),
+        timed(1, {"exits_64": 0.03, "exits_96": 0.04}),
+    ]
+    text = clock.section(results, tmp_path)
+    row = next(line for line in text.splitlines() if line.startswith("| PyTorch | 1 |"))
+    assert row == "| PyTorch | 1 | exits, any size | +3.0 | +3.0 ± 1.0 | +3.0 |"
+    assert "2 seeds" in text and "not every seed has them yet: late" in text and "**Shown.**" in text
+    assert (tmp_path / "caltech101.png").stat().st_size > 10_000
+
+
+def test_families_are_judged_over_the_seeds_and_what_has_not_run_is_named(tmp_path):
+    def result(variant: str, seed: int, macs: float, accuracy: float, curve=None) -> dict:
+        found = {"variant": variant, "seed": seed, "test_images": 100, "exits": [{"macs": macs, "accuracy": accuracy}]}
+        return found | ({"budgeted": [{"budget": c, "cost": c, "accuracy": a} for c, a in curve]} if curve else {})
+
+    results = []
+    for seed, above in ((0, 0.02), (1, 0.03), (2, 0.04)):
+        results += [result(f"plain_{size}", seed, 1e6 * size, size / 1000) for size in (100, 200, 300)]
+        for size in (100, 200):
+            curve = [(1e6 * c, c / 1000 + above) for c in (size, size + 50, size + 100)]
+            results.append(result(f"exits_{size}", seed, 1e6 * size, 0.3, curve))
+    text = lite0.section(lite0.FIELD, results, tmp_path)
+    assert "paired by seed: +3.0 ± 0.6 points" in text and "`exits, any size`. Not run yet: `plain_160`" in text
+    assert "**Shown.**" in text and (tmp_path / "budgeted.png").is_file()
+    worse = [
+        r | {"budgeted": [p | {"accuracy": p["accuracy"] - 0.09} for p in r["budgeted"]]} if "budgeted" in r else r
+        for r in results
+    ]
+    assert "**Against.** Above every static network that has run, in all of the middle half: none." in lite0.section(
+        lite0.FIELD, worse, tmp_path
+    )
+    alone = [r for r in results if "budgeted" in r]
+    assert "**" not in lite0.section(lite0.FIELD, alone, tmp_path)

@@ -15,6 +15,7 @@ from small_tables import awkward_tables, costs_of, naive_run, realistic_table
 from exit_plugins import ExitPolicy, ExitTable, certify, evaluate_policy, solve_thresholds
 from exit_plugins.exits.thresholds import (
     METHODS,
+    methods,
     msdnet_shares,
     msdnet_thresholds,
     pairs,
@@ -166,7 +167,8 @@ def test_shared_is_the_best_single_threshold(case, place):
     assert policy.source["cost"] <= budget
 
 
-def test_lagrangian_is_within_a_third_of_a_point_of_the_optimum_for_three_exits():
+def test_lagrangian_is_within_a_third_of_a_point_of_the_optimum_for_three_exits(monkeypatch):
+    monkeypatch.setattr(methods, "_OPTIMAL_EXITS", 0)  # as if there were more exits than can be searched whole
     costs, gaps = costs_of(3), []
     for seed in range(6):
         table = realistic_table(3, 600, seed)

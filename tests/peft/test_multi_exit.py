@@ -89,6 +89,9 @@ def test_exits_are_those_of_the_backbones_own_forward(name, images, tmp_path):
         fused = copy.deepcopy(merged).fuse()
         for mine, theirs in zip(exits, fused.forward_exits(images.repeat(2, 1, 1, 1)), strict=True):
             torch.testing.assert_close(theirs, mine.repeat(2, 1), atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="in its form for inference"):
+            fused.save_pretrained(tmp_path / "fused")
+        assert not (tmp_path / "fused").exists()
         for mine, theirs in zip(exits, merged.forward_exits(images), strict=True):  # what ran it before still does
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 

@@ -76,7 +76,7 @@ class Untraceable(torch.nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("traceable", [True, False])
-def test_fuse_folds_the_norms_of_every_member_that_can_be_traced(members, traceable):
+def test_fuse_folds_the_norms_of_every_member_that_can_be_traced(members, traceable, tmp_path):
     for module in (m for net in members for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         module.running_mean.normal_(0, 0.1)
         module.running_var.uniform_(0.5, 1.5)
@@ -90,6 +90,10 @@ def test_fuse_folds_the_norms_of_every_member_that_can_be_traced(members, tracea
     for found, wanted in zip(fused.forward_exits(x), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
     assert AdaptiveModel(model, ExitPolicy([0.9, 0.0])).mode == "fused"
+    with pytest.raises(ValueError, match="in its form for inference"):
+        save_for_hf(fused, tmp_path)
+    with pytest.raises(RuntimeError, match="eval"):
+        model.train().fuse()
 
 
 @torch.no_grad()

@@ -59,6 +59,17 @@ def test_exported_graphs_keep_the_convolution(monkeypatch):
     assert "aten::_convolution" in called and "aten::linear" not in called
 
 
+@pytest.mark.filterwarnings("ignore:`?torch.nn.utils.weight_norm")
+def test_layers_that_others_compute_or_listen_to_stay():
+    normed, heard = nn.utils.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 5)
+    calls = []
+    heard.register_forward_hook(lambda *_: calls.append(1))
+    network, x = nn.Sequential(normed, heard, nn.Linear(5, 6)).eval(), torch.randn(7, 2, 3)
+    expected = network(x)
+    assert torch.equal(kernels.use_faster_products(network)(x), expected)
+    assert [type(layer) for layer in network] == [nn.Linear, nn.Linear, TokenLinear] and len(calls) == 2
+
+
 def test_only_plain_pointwise_convolutions_are_replaced():
     torch.manual_seed(0)
     network = nn.Sequential(

@@ -19,6 +19,8 @@ __all__ = ["METHODS"]
 # Lagrangian. On this many samples an accuracy is known to within 0.8 points (one standard error), which tells good
 # starts from bad ones; only as many of the best as follow are polished on all samples.
 _EXPLORED = 4000
+# Of no more exits than these, and no more samples than those, the optimum itself is found.
+_OPTIMAL_EXITS = 3
 _POLISHED = 4
 # Samples times pairs of exits up to which pairs are searched on all samples: a second or two.
 _REFINED = 2_000_000
@@ -179,7 +181,7 @@ def _solve_lagrangian(split: Split, target: Target, seed: int = 0) -> list[Point
     feasible = [f for f in found if small_target.met(f[0].correct, f[0].cost)]
     ranked = sorted(feasible or found, key=lambda f: small_target.score(f[0]), reverse=True)
     if explored is split:
-        if split.num_exits <= 3:
+        if split.num_exits <= _OPTIMAL_EXITS:
             refined = _solve_exact(split, target)
         else:
             refined = [refine(split, point, target) for point in _distinct([f[0] for f in ranked])[:_POLISHED]]
