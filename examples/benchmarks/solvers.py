@@ -104,8 +104,11 @@ def random_costs(exits: int) -> np.ndarray:
     return np.cumsum(np.linspace(2.0, 1.0, exits))
 
 
-def below_the_optimum(samples: int = 400, tables: int = 50) -> dict[str, float]:
-    """Accuracy that the default loses to the optimum of three exits, over random tables and budgets."""
+def below_the_optimum(samples: int = 5000, tables: int = 10) -> dict[str, float]:
+    """Accuracy that the default loses to the optimum of three exits, over random tables and budgets.
+
+    On up to 4,000 samples it loses none: there it looks for the optimum itself.
+    """
     costs, gaps = random_costs(3), []
     for seed in range(tables):
         table = random_table(3, samples, seed)
@@ -143,7 +146,7 @@ def main() -> None:
     parser.add_argument("test", nargs="?", help="exit table that is reported on")
     parser.add_argument("--costs", type=float, nargs="+", help="cumulative cost of every exit of the tables")
     parser.add_argument("--trials", type=int, default=10, help="of the gap to the optimum on the table")
-    parser.add_argument("--large", nargs="+", default=["50000x4", "1000000x8"], metavar="NxK", help="samples x exits")
+    parser.add_argument("--large", nargs="+", default=["2500x5", "50000x4", "1000000x8"], metavar="NxK", help="samples x exits")
     parser.add_argument("--json")
     args = parser.parse_args()
     if len({value is None for value in (args.val, args.test, args.costs)}) > 1:
