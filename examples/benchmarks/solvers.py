@@ -146,7 +146,9 @@ def main() -> None:
     parser.add_argument("test", nargs="?", help="exit table that is reported on")
     parser.add_argument("--costs", type=float, nargs="+", help="cumulative cost of every exit of the tables")
     parser.add_argument("--trials", type=int, default=10, help="of the gap to the optimum on the table")
-    parser.add_argument("--large", nargs="+", default=["2500x5", "50000x4", "1000000x8"], metavar="NxK", help="samples x exits")
+    parser.add_argument(
+        "--large", nargs="+", default=["2500x5", "50000x4", "1000000x8"], metavar="NxK", help="samples x exits"
+    )
     parser.add_argument("--json")
     args = parser.parse_args()
     if len({value is None for value in (args.val, args.test, args.costs)}) > 1:
