@@ -31,6 +31,7 @@ class MultiExitBackbone(ExitModel, nn.Module):
     early_heads: "ModuleList[EarlyHead]"
     exit_after: tuple[int, ...]
     token: str
+    fused = False
 
     def __init__(
         self,
@@ -45,7 +46,6 @@ class MultiExitBackbone(ExitModel, nn.Module):
         self.early_heads = early_heads
         self.exit_after = tuple(exit_after)
         self.token = token
-        self.fused = False
         self.family = family or find_family(backbone)
 
     def __getattr__(self, name: str) -> Any:

@@ -58,6 +58,7 @@ class MultiScaleNet(MultiExit, nn.Module):
     fuses_new = False  # whether a layer's fused features read what the finer scale computes in the same layer
     drops_between = False  # whether scales are dropped between layers or inside one, see ``plan_layers``
     act_layer: type[nn.Module] = nn.ReLU
+    fused = False
 
     def __init__(
         self,
@@ -96,7 +97,6 @@ class MultiScaleNet(MultiExit, nn.Module):
 
         steps = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, blocks)]
         self.num_exits = blocks
-        self.fused = False
         self.exit_layers = [sum(steps[: i + 1]) - 1 for i in range(blocks)]  # the layer each exit reads behind
         num_layers, num_scales = sum(steps), len(factors)
         plans = plan_layers(num_layers, num_scales, width, growth, prune, reduction, self.drops_between)

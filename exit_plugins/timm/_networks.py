@@ -27,11 +27,11 @@ def groups_of_part(part: TimmModel, prefix: str, coarse: bool) -> Callable[[str]
 
 
 def check_not_fused(model: nn.Module) -> None:
-    """Raise ValueError if ``fuse()`` has changed the weights of ``model``: nothing could load what is saved of it."""
+    """Raise ValueError if ``model`` is in its form for inference: what is saved of that is not its architecture's."""
     if getattr(model, "fused", False):
         raise ValueError(
-            f"this {type(model).__name__} is in its form for inference, with weights that no other model loads: save "
-            "the model as it was before fuse()."
+            f"this {type(model).__name__} is in its form for inference, whose state dict is not its architecture's: "
+            "save the model as it was before fuse()."
         )
 
 

@@ -113,6 +113,7 @@ class Cascade(MultiExit, nn.Module):
     """
 
     exit_loss = "msdnet"  # every member learns for itself
+    fused = False
     __constants__ = ("average",)
 
     def __init__(
@@ -140,7 +141,6 @@ class Cascade(MultiExit, nn.Module):
         self.networks = ModuleList(distinct)
         self.member_network = tuple(next(i for i, other in enumerate(distinct) if other is net) for net in networks)
         self.average = average
-        self.fused = False
         self.num_exits = len(networks)
         self.num_classes = networks[-1].num_classes
         self.in_chans = get_model_input_config(networks[-1])["input_size"][0]

@@ -19,9 +19,9 @@ __all__ = ["METHODS"]
 # Lagrangian. On this many samples an accuracy is known to within 0.8 points (one standard error), which tells good
 # starts from bad ones; only as many of the best as follow are polished on all samples.
 _EXPLORED = 4000
-# Of no more exits than these, and no more samples than those, the optimum itself is found.
-_OPTIMAL_EXITS = 3
 _POLISHED = 4
+# Of so many exits, and no more samples than are explored, the optimum itself is found.
+_OPTIMAL_EXITS = 3
 # Samples times pairs of exits up to which pairs are searched on all samples: a second or two.
 _REFINED = 2_000_000
 # What the whole range of costs is worth, in correct answers a sample: at the lowest price accuracy alone counts, at the
