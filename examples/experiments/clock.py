@@ -1,8 +1,10 @@
 """Accuracy over measured milliseconds: the networks of ``lite0`` and ``lite0_cifar`` against each other.
 
-MACs are a promise; this is what the clock says of it. Every network runs in its form for inference on the same test
-images, in PyTorch and in OpenVINO, one image at a time and 32, one thread, all of them interleaved, so that whatever
-else the machine does touches all alike. Decoding and scaling of the images are left out, a cascade's own scaling is in.
+MACs are a promise; this is what the clock says of it. Every network runs in its form for inference, in PyTorch and in
+OpenVINO, one image at a time and 32, one thread, all of them interleaved, so that whatever else the machine does
+touches all alike. Decoding and scaling of the images are left out, a cascade's own scaling is in. A budget's accuracy
+is the mean over many halvings of the test images, thresholds solved on one half; its time is that of the halving whose
+thresholds cost the median, over images that leave by its exits in the same shares as all test images do.
 A network that an engine answers wrongly for is refused by the export and left out there.
 Run it on a machine that does nothing else: ``make experiments ONLY=clock JOBS=1``.
 """
@@ -26,7 +28,7 @@ from timing import interleaved
 from torch import Tensor, nn
 from train_cifar import Batches
 
-from exit_plugins import AdaptiveModel, ExitPolicy, collect_exits, exit_costs, solve_thresholds
+from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, collect_exits, exit_costs, solve_thresholds
 from exit_plugins.exits import plots
 from exit_plugins.exits.adaptive import inference_copy
 from exit_plugins.exits.evaluation import evaluate_policy
@@ -38,21 +40,61 @@ BATCHES = (1, 32)
 IMAGES = 64
 ROUNDS = 3
 POLICIES = 6
+HALVINGS = 20
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One network: its points are its policies, (accuracy on the images that solved none of them, mean MACs)."""
+    """One network and its points, one for each budget."""
 
     name: str
     static: bool
     model: nn.Module
+    points: list["Point"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy, accuracy and mean MACs of its budget on images that solved no threshold, and images to time it on."""
+
+    policy: ExitPolicy
+    accuracy: float
+    macs: float
     images: Tensor
-    policies: list[tuple[ExitPolicy, float, float]]
+
+
+def typical(leaves: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """Indices of ``number`` samples that leave by every exit in the same share as all do, in random order.
+
+    Which exits they take is all that time depends on: a plain draw of few would be by chance easy or hard.
+
+    Args:
+        leaves: (N,), the exit that each of N samples leaves by, N >= number.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(leaves))
+    order = order[np.argsort(leaves[order], kind="stable")]  # by exit, in random order within one
+    places = (np.arange(number) + 0.5) * len(leaves) / number
+    return rng.permutation(order[places.astype(int)])
+
+
+def points_of(tested: ExitTable, macs: np.ndarray, model: nn.Module, images: Tensor, seed: int) -> list[Point]:
+    """A point for each of some budgets from the first exit's cost to the last one's."""
+    halves = [tested.split(0.5, seed * HALVINGS + halving) for halving in range(HALVINGS)]
+    found = []
+    for budget in np.linspace(macs[0], macs[-1], POLICIES + 1)[1:]:
+        policies = [solve_thresholds(fitted, macs, budget=budget, model=model) for fitted, _ in halves]
+        results = [evaluate_policy(policy, half, macs) for policy, (_, half) in zip(policies, halves, strict=True)]
+        leaves = [policy.choose(tested.confidence) for policy in policies]
+        median = np.argsort([macs[exits].mean() for exits in leaves])[HALVINGS // 2]
+        chosen = typical(leaves[median], min(IMAGES, len(tested)), seed)
+        accuracy, cost = (fmean(values) for values in zip(*((r.accuracy, r.cost) for r in results), strict=True))
+        found.append(Point(policies[median], accuracy, cost, images[chosen]))
+    return found
 
 
 def contenders(field: Field, place: Place, seed: int) -> list[Contender]:
-    """Every network of the field that is trained, with policies solved on one half of the test images."""
+    """Every network of the field that is trained."""
     found = []
     batches: dict[int, Batches] = {}
     for variant in field.variants():
@@ -70,33 +112,27 @@ def contenders(field: Field, place: Place, seed: int) -> list[Contender]:
             batches[size] = test_batches(place, field.data, model, size)
         tested = collect_exits(model, batches[size])
         macs = exit_costs(model, (3, size, size)).macs
-        fitted, measured = tested.split(0.5, seed)
-        if variant.startswith("cut"):
-            policies = [ExitPolicy([-np.inf] * model.num_exits, costs=macs)]
-        elif model.num_exits == 1:
-            policies = [ExitPolicy([-np.inf], costs=macs)]
+        images = torch.cat([images for images, _ in batches[size]])
+        static = variant.startswith("cut") or model.num_exits == 1
+        if static:  # everybody leaves by the first exit, where it is cut off
+            policy = ExitPolicy([-np.inf] * model.num_exits, costs=macs)
+            result = evaluate_policy(policy, tested, macs)
+            chosen = typical(policy.choose(tested.confidence), min(IMAGES, len(tested)), seed)
+            points = [Point(policy, result.accuracy, result.cost, images[chosen])]
         else:
-            asked = np.linspace(macs[0], macs[-1], POLICIES + 1)[1:]
-            policies = [solve_thresholds(fitted, macs, budget=budget, model=model) for budget in asked]
-        points = [(policy, evaluate_policy(policy, measured, macs)) for policy in policies]
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(tested))[-IMAGES:])  # of the measured half
-        images = torch.cat([images for images, _ in batches[size]])[chosen]
-        found.append(
-            Contender(
-                variant, len(policies) == 1, model, images, [(policy, r.accuracy, r.cost) for policy, r in points]
-            )
-        )
+            points = points_of(tested, macs, model, images, seed)
+        found.append(Contender(variant, static, model, points))
     return found
 
 
 def runner(engine: str, contender: Contender, folder: Path) -> nn.Module:
     """The network ready to answer in an engine, one copy for all of its policies. Exported into ``folder``."""
-    policy = contender.policies[0][0]
+    policy, images = contender.points[0].policy, contender.points[0].images
     if engine == "torch" and contender.model.num_exits == 1:
         return inference_copy(contender.model.to(memory_format=torch.channels_last))  # as its users run it
     if engine == "torch":
         return AdaptiveModel(contender.model.to(memory_format=torch.channels_last), policy, fuse=True)
-    export_segments(contender.model, policy, folder, tuple(contender.images.shape[1:]), "openvino")
+    export_segments(contender.model, policy, folder, tuple(images.shape[1:]), "openvino")
     return ExportedAdaptiveModel(folder, policy=policy, threads=torch.get_num_threads())
 
 
@@ -128,18 +164,20 @@ def measure(data: str, place: Place, folder: Path, seed: int) -> Result:
                 for one in found:
                     if one.name not in models:
                         continue
-                    for index, (policy, accuracy, macs) in enumerate(one.policies):
+                    for index, point in enumerate(one.points):
                         key = f"{one.name} {index}"
-                        images = one.images[: batch * 2] if place.small else one.images
-                        runs[key] = partial(over, models[one.name], policy, images, batch)
-                        about[key] = {"name": one.name, "static": one.static, "accuracy": accuracy, "macs": macs}
+                        images = point.images[: batch * 2] if place.small else point.images
+                        runs[key] = partial(over, models[one.name], point.policy, images, batch)
+                        about[key] = {"name": one.name, "static": one.static}
+                        about[key] |= {"accuracy": point.accuracy, "macs": point.macs}
                 times = interleaved(runs, 1 if place.small else ROUNDS)
                 for key, seconds in times.items():
                     milliseconds = 1e3 * seconds / (batch * 2 if place.small else IMAGES)
                     low, median, high = np.percentile(milliseconds, [25, 50, 75])
                     spent = {"ms": float(median), "iqr_ms": float(high - low)}
                     points.append({"engine": engine, "batch": batch, **about[key], **spent})
-    return {"settings": {"images": IMAGES, "rounds": ROUNDS, "data": data, "field": field.name}, "points": points}
+    settings = {"images": IMAGES, "rounds": ROUNDS, "halvings": HALVINGS, "data": data, "field": field.name}
+    return {"settings": settings, "points": points}
 
 
 def measured_engines(result: Result) -> list[str]:
@@ -241,7 +279,8 @@ def section(results: list[Result], pictures: Path) -> str:
                         above.append(f"`{name}`")
         text.append(
             f"{data}: accuracy in points above the best static network of the same time per image, over the middle "
-            f"half of the range both cover, {len(group)} {'seeds' if len(group) > 1 else 'seed'}:\n"
+            f"half of the range both cover, {len(group)} {'seeds' if len(group) > 1 else 'seed'}, thresholds solved on "
+            f"one half of the test images and scored on the other, over {mean['settings']['halvings']} halvings:\n"
         )
         text.append(table(["", "batch", "", "least", "mean", "most"], rows))
         some = {point["name"] for result in group for point in result["points"]} - everywhere

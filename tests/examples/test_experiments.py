@@ -117,7 +117,15 @@ def timed(seed: int, names: dict[str, float]) -> dict:
             points.append({**static, "name": f"plain_{ms:.0f}", "static": True, "accuracy": 0.5 + 0.1 * ms})
             for name, above in names.items():
                 points.append({**static, "name": name, "static": False, "accuracy": 0.5 + 0.1 * ms + above})
-    return {"variant": "caltech101", "seed": seed, "points": points}
+    return {"variant": "caltech101", "seed": seed, "settings": {"halvings": 20}, "points": points}
+
+
+def test_images_are_timed_in_the_shares_of_the_exits():
+    leaves = np.repeat([2, 0, 1], [50, 35, 15])
+    chosen = clock.typical(leaves, 20, seed=0)
+    assert np.bincount(leaves[chosen]).tolist() == [7, 3, 10] and len(set(chosen)) == 20
+    assert sorted(clock.typical(leaves, 100, seed=1)) == list(range(100))
+    assert not np.array_equal(chosen, clock.typical(leaves, 20, seed=1))
 
 
 def test_the_clock_takes_the_mean_over_seeds_of_the_networks_that_all_have(tmp_path):
