@@ -277,10 +277,11 @@ def section(results: list[Result], pictures: Path) -> str:
                         continue
                     if (engine, batch) == ("torch", 1) and gain.min() > 0 and gain.mean() > 2 * (error or 0):
                         above.append(f"`{name}`")
+        halvings = min(result["settings"].get("halvings", 1) for result in group)  # results of old have one
         text.append(
             f"{data}: accuracy in points above the best static network of the same time per image, over the middle "
             f"half of the range both cover, {len(group)} {'seeds' if len(group) > 1 else 'seed'}, thresholds solved on "
-            f"one half of the test images and scored on the other, over {mean['settings']['halvings']} halvings:\n"
+            f"one half of the test images and scored on the other ({halvings} halving{'s' * (halvings > 1)}):\n"
         )
         text.append(table(["", "batch", "", "least", "mean", "most"], rows))
         some = {point["name"] for result in group for point in result["points"]} - everywhere
