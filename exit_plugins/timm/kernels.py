@@ -28,6 +28,7 @@ __all__ = [
 Network = TypeVar("Network", bound=nn.Module)
 
 FEW = 4  # images up to which torch's convolutions do not go through oneDNN's best kernels
+FEW_ON_ONE_THREAD = 15  # there, up to which they do not go through oneDNN at all
 
 # Leaves for FX tracing, where types and shapes are not known.
 torch.fx.wrap("pointwise")
@@ -39,8 +40,8 @@ def processor() -> str:
     """The processor's maker: ``GenuineIntel``, ``AuthenticAMD``, or nothing where it is neither or cannot be told.
 
     torch's matrix products are MKL's, which keeps its AVX-512 kernels to Intel's processors. Its convolutions are
-    oneDNN's, which has them on AMD's too: there, on several threads (on one, torch leaves oneDNN aside), a product done
-    as a 1x1 convolution takes half the time.
+    oneDNN's, which has them on AMD's too: there, for more than a few images (``FEW``, ``FEW_ON_ONE_THREAD``), a product
+    done as a 1x1 convolution takes half the time.
     """
     try:
         said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -78,9 +79,9 @@ def tokenwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     else:  # TorchScript leaves this out
         # A graph must not come to depend on the number of images: that is asked last.
-        if _in_a_graph() or x.is_cuda or processor() != "AuthenticAMD" or torch.get_num_threads() == 1:
+        if _in_a_graph() or x.is_cuda or processor() != "AuthenticAMD" or x.dim() not in (3, 4):
             return F.linear(x, weight, bias)
-        if x.dim() not in (3, 4) or x.shape[0] <= FEW:
+        if x.shape[0] <= (FEW if torch.get_num_threads() > 1 else FEW_ON_ONE_THREAD):
             return F.linear(x, weight, bias)
         channels_last = (x.unsqueeze(2) if x.dim() == 3 else x).permute(0, 3, 1, 2)
         y = F.conv2d(channels_last, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
@@ -88,7 +89,7 @@ def tokenwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class TokenLinear(nn.Linear):
-    """A linear layer that, for inference, is a 1x1 convolution over its tokens where that is faster (``processor``).
+    """A linear layer that is a 1x1 convolution over its tokens where that is faster (``processor``).
 
     Exported and compiled graphs keep the linear layer.
     """

@@ -25,15 +25,20 @@ def test_pointwise_convolution_equals_torchs(maker, batch, stride, layout, monke
     assert pointwise.weight is conv.weight and pointwise.state_dict().keys() == conv.state_dict().keys()
 
 
-@pytest.mark.parametrize("shape", [(6,), (7, 6), (3, 7, 6), (9, 7, 6), (9, 2, 5, 6), (9, 2, 2, 5, 6), (0, 7, 6)])
+@pytest.mark.parametrize("shape", [(6,), (7, 6), (3, 7, 6), (16, 7, 6), (9, 2, 5, 6), (9, 2, 2, 5, 6), (0, 7, 6)])
 @pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", ""])
-def test_token_linear_equals_torchs(maker, shape, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_token_linear_equals_torchs(threads, maker, shape, monkeypatch):
     monkeypatch.setattr(kernels, "processor", lambda: maker)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     linear, x = nn.Linear(6, 10, bias=len(shape) != 4).double().eval(), torch.randn(shape, dtype=torch.float64)
     ours = TokenLinear.of(linear)
-    torch.testing.assert_close(ours(x), linear(x))
+    inputs = [x.clone().requires_grad_(), linear.weight]
+    expected, found = linear(inputs[0]), ours(inputs[0])
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
     torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), linear(x))
     assert ours.weight is linear.weight and ours.state_dict().keys() == linear.state_dict().keys()
 
