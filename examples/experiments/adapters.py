@@ -30,6 +30,7 @@ from base import (
     verdict,
     write_packaged_weights,
 )
+from judging import Difference, paired
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
@@ -45,6 +46,7 @@ from exit_plugins.timm.data import open_splits
 METHODS = ("lora", "repadapter", "bottleneck")
 SHARES = (0.5, 0.7)
 CALIBRATION = 0.2
+MARGIN = 0.01  # of accuracy, within which both count as equal
 CHECKPOINT = "last.pt"  # in the folder of a run
 SETTINGS = {"epochs": 40, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.01, "warmup_epochs": 4, "smoothing": 0.1}
 
@@ -234,8 +236,7 @@ def fit(model: nn.Module, batches: Batches, settings: Mapping[str, Any], folder:
         warmup_lr_init=1e-5,
     )
     dynamic = hasattr(model, "set_progress")
-    if dynamic:
-        model.attach_mask(optimizer)
+    mask = model.attach_mask(optimizer) if dynamic else None
     history: list[dict] = []
     checkpoint = folder / CHECKPOINT
     if checkpoint.is_file():
@@ -253,6 +254,8 @@ def fit(model: nn.Module, batches: Batches, settings: Mapping[str, Any], folder:
         for step, (images, target) in enumerate(batches):
             outputs = model(images)
             if dynamic:
+                if mask is not None:  # a run that goes on draws the masks it would have drawn
+                    mask.step = epoch * len(batches) + step
                 model.set_progress((epoch + step / len(batches)) / settings["epochs"])
                 loss = model.loss(outputs, target)
             else:
@@ -279,22 +282,20 @@ def fit(model: nn.Module, batches: Batches, settings: Mapping[str, Any], folder:
 def section(results: list[Result], pictures: Path) -> str:
     groups = by_variant(results)
     text = []
-    gaps: dict[tuple[str, float], float] = {}
+    gaps: dict[str, Difference] = {}
     rows = []
     for task in TASKS:
         for method in METHODS:
-            plain, dyn = groups.get(f"{task}_{method}"), groups.get(f"{task}_dyn_{method}")
+            plain, dyn = groups.get(f"{task}_{method}", []), groups.get(f"{task}_dyn_{method}", [])
             if not plain and not dyn:
                 continue
-            row = [task, method, percent(*mean_and_error([r["exits"][-1]["accuracy"] for r in plain])) if plain else ""]
-            row.append(percent(*mean_and_error([r["exits"][-1]["accuracy"] for r in dyn])) if dyn else "")
+            row = [task, method, *(last_exit(group) for group in (plain, dyn))]
             for index, share in enumerate(SHARES):
                 row.append(percent(*mean_and_error([r["budgets"][index]["accuracy"] for r in dyn])) if dyn else "")
-                if plain and dyn:
-                    seeds = {r["seed"]: r["exits"][-1]["accuracy"] for r in plain}
-                    of = [r["budgets"][index]["accuracy"] - seeds[r["seed"]] for r in dyn if r["seed"] in seeds]
-                    gaps[f"{task} {method}", share] = float(np.mean(of)) if of else np.nan
-            shares = [r["budgets"][0]["macs"] / r["exits"][-1]["macs"] for r in dyn] if dyn else []
+                at_share = [r | {"exits": [r["budgets"][index]]} for r in dyn]
+                if share == SHARES[0] and (gap := paired(at_share, plain)):
+                    gaps[f"{task} {method}"] = gap
+            shares = [r["budgets"][0]["macs"] / r["exits"][-1]["macs"] for r in dyn]
             rows.append([*row, f"{100 * np.mean(shares):.0f}" if shares else "", len(plain or dyn)])
     header = ["", "method", "plain", "Dyn, last exit", *(f"Dyn, {100 * s:.0f} % of MACs" for s in SHARES)]
     text.append(table([*header, "MACs spent at the first (%)", "seeds"], rows))
@@ -318,20 +319,23 @@ def section(results: list[Result], pictures: Path) -> str:
         count = len(rows[0]) - 2 - len(SHARES)
         budgets = [f"at {100 * share:.0f} % of MACs" for share in SHARES]
         text.append(f"{title}:\n\n" + table(["", *(f"exit {i + 1}" for i in range(count)), *budgets, "seeds"], rows))
-    at_half = [gap for (_, share), gap in gaps.items() if share == SHARES[0]]
-    if at_half:
-        within = sum(gap >= -0.01 for gap in at_half)
-        gap = f"by {percent(min(at_half), sign=True)}"
-        if len(at_half) > 1:
-            gap = f"from {percent(min(at_half), sign=True)} to {percent(max(at_half), sign=True)}"
+    if gaps:
+        within = [gap for gap in gaps.values() if gap.above(-MARGIN)]
+        beyond = [gap for gap in gaps.values() if gap.below(-MARGIN)]
+        listed = "; ".join(f"{name} {gap}" for name, gap in gaps.items())
+        state = True if len(within) == len(gaps) else False if len(beyond) == len(gaps) else None
         text.append(
             verdict(
-                True if within == len(at_half) else False if within == 0 and len(at_half) > 1 else None,
-                f"At half of the MACs the dynamic form is within one point of the plain one in {within} of the "
-                f"{len(at_half)} pairs that have run ({gap} points).",
+                state if len(gaps) > 1 else None,
+                f"At half of the MACs the dynamic form is within a point of the plain one in {len(within)} of the "
+                f"{len(gaps)} pairs that have run, and further below in {len(beyond)} ({listed}).",
             )
         )
     return "\n".join(text)
+
+
+def last_exit(group: list[Result]) -> str:
+    return percent(*mean_and_error([result["exits"][-1]["accuracy"] for result in group])) if group else ""
 
 
 def accuracies(result: Result) -> list[float]:
@@ -361,6 +365,14 @@ EXPERIMENT = Experiment(
     name="adapters",
     title="Dyn-Adapter: adapters with exits",
     claim="Dyn-Adapter keeps its adapters' accuracy at 50 to 70 % of the MACs (Dyn-Adapter, tables 1 to 3 and 5).",
+    paper="On VTAB-1k over ViT-B/16 from ImageNet-21k Dyn-Adapter, Dyn-LoRA and Dyn-RepAdapter keep their adapters' "
+    "73.9, 74.5 and 76.1 % at half of the MACs, and are 0.3 to 0.5 points above them at 70 %.",
+    setup="EfficientNet-Lite0 from ImageNet, frozen, adapters on its 1 x 1 convolutions, on Caltech-101 (as in the "
+    "first section, 128 pixels) and on 1,000 images of CIFAR-10 (96 pixels); and the small transformer of the section "
+    f"before on these. A fifth of the training images solves thresholds. {SETTINGS['epochs']} epochs, AdamW. Table 5 "
+    "is over the transformer with RepAdapter; further tries over Caltech-101 with LoRA, one seed.",
+    outlook="A deep transformer from large data: its middle blocks know the classes, which a convolutional network's "
+    "stages at half of the MACs do not, trained whole or not (first section, exits 2 and 3).",
     runs=[
         Run(variant, seed, run)
         for seed in range(3)

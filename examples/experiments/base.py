@@ -156,23 +156,37 @@ class Experiment:
     Attributes:
         name: of its file, its folder of results and its section.
         title: heading of its section.
-        claim: what the paper says.
+        claim: what is put to the test.
+        paper: what the paper reports of it, with its figures.
+        setup: what was run here instead: data, networks, training.
+        outlook: what would change the verdict.
         runs: in the order in which they are worth having.
         section: Markdown from the results (those finished so far; at least one), pictures saved into the given folder.
+        version: raised when runs come to do something else, so that results of before cannot stand beside new ones:
+            these count as missing.
     """
 
     name: str
     title: str
     claim: str
+    paper: str
+    setup: str
+    outlook: str
     runs: Sequence[Run]
     section: Callable[[list[Result], Path], str]
+    version: int = 1
 
     def result_file(self, place: Place, run: Run) -> Path:
         return place.results / self.name / f"{run.name}.json"
 
+    def result(self, place: Place, run: Run) -> Result | None:
+        """What a run left; None if it has not ended, or was of another version."""
+        path = self.result_file(place, run)
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        return result if result and result.get("version", 1) == self.version else None
+
     def results(self, place: Place) -> list[Result]:
-        files = (self.result_file(place, run) for run in self.runs)
-        return [json.loads(path.read_text()) for path in files if path.is_file()]
+        return [result for run in self.runs if (result := self.result(place, run)) is not None]
 
     def execute(self, place: Place, run: Run) -> None:
         """Train (or go on training) one run, and write its JSON."""
@@ -181,6 +195,7 @@ class Experiment:
         path = self.result_file(place, run)
         path.parent.mkdir(parents=True, exist_ok=True)
         head = {"experiment": self.name, "variant": run.variant, "seed": run.seed, "small": place.small}
+        head |= {"version": self.version} if self.version > 1 else {}
         with atomic_write(path) as file:
             json.dump({**head, "commit": commit, "machine": machine(), **result}, file, indent=1)
             file.write("\n")
@@ -279,15 +294,6 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     values = list(values)
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error
-
-
-def paired(
-    first: Sequence[Result], second: Sequence[Result], exit_index: int = -1
-) -> tuple[float, float | None] | None:
-    """Mean and standard error of accuracy(first) - accuracy(second) at an exit, over the seeds that both have."""
-    of = [{r["seed"]: r["exits"][exit_index]["accuracy"] for r in group} for group in (first, second)]
-    seeds = sorted(of[0].keys() & of[1].keys())
-    return mean_and_error([of[0][seed] - of[1][seed] for seed in seeds]) if seeds else None
 
 
 def percent(mean: float, error: float | None = None, sign: bool = False) -> str:

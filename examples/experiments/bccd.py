@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from base import ROOT, Experiment, Place, Result, Run, by_variant, mean_and_error, percent, table, verdict
+from judging import Difference, of_seeds
 
 CONFIGS = {
     "plain": "retinanet_tf_efficientnet_lite0_fpn_bccd.py",
@@ -103,22 +104,24 @@ def section(results: list[Result], pictures: Path) -> str:
         for variant, group in groups.items()
     ]
     text = table(["backbone", "AP", "AP at IoU 0.5", *CLASSES, "MACs of the backbone (G)", "seeds"], rows)
-    of = [{r["seed"]: r["ap"]["mean"] for r in groups.get(variant, [])} for variant in ("dynperceiver", "plain")]
-    seeds = sorted(of[0].keys() & of[1].keys())
-    if len(seeds) < 2:
+    pairs = of_seeds(groups.get("dynperceiver", []), groups.get("plain", []))
+    if not pairs:
         return text
-    gain, error = mean_and_error([of[0][seed] - of[1][seed] for seed in seeds])
-    state = True if gain > 2 * error else False if gain < -2 * error else None
-    sentence = f"Dyn-Perceiver gains {percent(gain, error, sign=True)} points of AP over the network it is built on."
-    return text + "\n" + verdict(state, sentence)
+    gain = Difference([ours["ap"]["mean"] - plain["ap"]["mean"] for ours, plain in pairs])
+    sentence = f"Dyn-Perceiver gains {gain} points of AP over the network it is built on."
+    return text + "\n" + verdict(True if gain.above() else False if gain.below() else None, sentence)
 
 
 EXPERIMENT = Experiment(
     name="bccd",
     title="Dyn-Perceiver: a backbone for detection",
     claim="Informed by the latents, the feature branch is a better backbone for detection than the plain network "
-    "(Dyn-Perceiver, table 4). Here: RetinaNet on BCCD's blood cells from ImageNet weights, the latents' part from "
-    "random ones, 24 epochs.",
+    "(Dyn-Perceiver, table 4).",
+    paper="RetinaNet on COCO: 40.2 mAP over RegNetY-1.6GF with latents, 38.5 without, both from ImageNet weights.",
+    setup="RetinaNet with an FPN on BCCD (205 microscope pictures to train on, 72 to test; red and white cells, "
+    "platelets) over EfficientNet-Lite0 from ImageNet weights, 24 epochs of one schedule; the latents' part, 64 of "
+    "them, starts from random weights, where the paper's comes from ImageNet too.",
+    outlook="Latents that are trained on ImageNet beforehand, and a data set that is large enough to train them on.",
     runs=[
         Run(variant, seed, lambda place, output, seed, variant=variant: train(variant, place, output, seed))
         for seed in range(3)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from base import CROPS_AND_MIRRORS, Experiment, Result, Run, Training, by_variant, exits_table, paired, percent, verdict
+from base import CROPS_AND_MIRRORS, Experiment, Result, Run, Training, by_variant, exits_table, verdict
+from judging import paired
 
 OPTIONS = {
     **CROPS_AND_MIRRORS,
@@ -15,6 +16,7 @@ OPTIONS = {
     "weight-decay": 0.05,
     "warmup-epochs": 2,
 }
+MARGIN = 0.01  # of accuracy, that what "does not cost" may cost
 VARIANTS = {
     "classification": {},
     "none": {"early_exits": "none"},
@@ -35,30 +37,26 @@ def section(results: list[Result], pictures: Path) -> str:
     groups = by_variant(results)
     text = [exits_table(results, NAMES)]
 
-    def cost(variant: str, without: str) -> tuple[float, float | None] | None:
-        return paired(groups[variant], groups[without]) if {variant, without} <= groups.keys() else None
-
-    found = {
-        "classification": cost("classification", "none"),
-        "feature": cost("feature", "none"),
-        "cnn_exits": cost("cnn_exits", "cnn"),
+    costs = {
+        variant: paired(groups[variant], groups[without])
+        for variant, without in (("classification", "none"), ("feature", "none"), ("cnn_exits", "cnn"))
+        if {variant, without} <= groups.keys()
     }
     lines = [
-        f"- {NAMES[variant]}: {percent(*gain, sign=True)} points at the last exit against the same without exits"
-        for variant, gain in found.items()
+        f"- {NAMES[variant]}: {gain} points at the last exit against the same without exits"
+        for variant, gain in costs.items()
         if gain
     ]
     text.append("\n".join(lines) + "\n")
-    if found["classification"] and found["feature"] and found["classification"][1] is not None:
-        (ours, error), (feature, _) = found["classification"], found["feature"]
-        free, dear = ours >= -error, feature < ours
-        text.append(
-            verdict(
-                True if free and dear else False if ours < -2 * error and feature >= ours else None,
-                f"Exits in the classification branch {'do not cost' if free else 'cost'} the last exit more than one "
-                f"standard error, and those in the feature branch leave it {'below' if dear else 'not below'} that.",
-            )
+    if costs.keys() >= {"classification", "feature"}:
+        ours, feature = costs["classification"], paired(groups["feature"], groups["classification"])
+        free, dear = ours.above(-MARGIN), feature.below()
+        sentence = f"With exits in the classification branch the last exit is {ours} points from where it is without, "
+        sentence += (
+            f"{'not' if free else 'which may be'} more than {100 * MARGIN:.0f} below; with those in the feature "
         )
+        sentence += f"branch it is {feature} points from that, {'below' if dear else 'not surely below'}."
+        text.append(verdict(True if free and dear else False if ours.below() and feature.above() else None, sentence))
     return "\n".join(text)
 
 
@@ -67,6 +65,13 @@ EXPERIMENT = Experiment(
     title="Dyn-Perceiver: where the exits stand",
     claim="Early exits on intermediate features cost the last exit accuracy; in the classification branch they do not "
     "(Dyn-Perceiver, table 2).",
+    paper="On ImageNet an exit costs the last one of RegNetY-800MF 1.2 points and of T2T-ViT-7 2.2; with two branches "
+    "0.2 points if it stands in the feature branch, while in the classification branch the last exit gains 0.7.",
+    setup=f"The smallest Dyn-Perceiver (`dynperceiver_test`) from random weights, {OPTIONS['samples']:,} images of "
+    f"CIFAR-100 enlarged to {OPTIONS['input-size']} pixels, {OPTIONS['epochs']} epochs, AdamW, crops and mirrors; "
+    "10,000 test images.",
+    outlook="Networks and trainings of the paper's size: here they end far from what they could learn, so that another "
+    "loss helps the last exit wherever it stands.",
     runs=[
         Run(variant, seed, Training("dynperceiver_test", OPTIONS, kwargs))
         for seed in range(3)

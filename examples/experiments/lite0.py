@@ -3,8 +3,7 @@
 A photograph of Caltech-101 is wanted fast. The static answers are the same network on a smaller image (the strongest),
 the network cut off behind an earlier stage, and its larger relatives; the dynamic ones are exits by ``add_exits``, the
 latents of Dyn-Perceiver over the same weights, and cascades of the plain networks, which need no training of their own.
-All start from ImageNet weights and train by one recipe, but for the rate: of a few, the plain network and the latents
-each have the one by which a run of seed 0 did best on the test images, so a part of what seed 0 says is that choice.
+All start from ImageNet weights and train by one recipe, but for the rate; see ``SETUP``.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,10 +27,11 @@ from base import (
     certified,
     exits_table,
     mean_and_error,
-    percent,
+    table,
     test_batches,
     verdict,
 )
+from judging import MIDDLE, Curve, budget_curve, compare, frontier
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -39,6 +39,24 @@ from exit_plugins import cascade, collect_exits, exit_costs
 from exit_plugins.exits import plots
 
 CLAIM = "Early exits give more accuracy at the same cost than any static network made of the same weights."
+PAPER = (
+    "Dyn-Perceiver (fig. 8 and 9) is above its static backbones and above earlier dynamic networks on ImageNet, all of "
+    "them trained from nothing: as accurate as RegNet-Y at 1.9 to 4.8 times fewer MACs. Of exits on a network that is "
+    "already trained, and of smaller images as the rival, it says nothing."
+)
+SETUP = (
+    "EfficientNet-Lite0 from ImageNet weights, fine-tuned on {data}, by one recipe for all: AdamW, {epochs} epochs, "
+    "batches of {batch}, layer decay, crops and mirrors. Static are the plain network at several sizes of image, the "
+    "network cut off behind an earlier stage, and larger relatives; dynamic are four exits (`add_exits`), "
+    "Dyn-Perceiver over the same weights, and cascades of the plain networks. A family takes the best of its sizes at "
+    "every cost, and so do the rivals; both on the images they are scored on. The rates of the plain network, which "
+    "exits share, and of the latents were chosen by runs of seed 0 on the test images of Caltech-101, so a part of "
+    "what that seed says is this choice."
+)
+OUTLOOK = (
+    "Longer training and larger data sets, where the last exit has less to gain from the others' losses; images with "
+    "more detail, where larger sizes are worth their MACs."
+)
 NETWORK = "tf_efficientnet_lite0"
 OPTIONS = {
     **CROPS_AND_MIRRORS,
@@ -60,6 +78,7 @@ class Field:
     Attributes:
         name: of the experiment.
         data: name of the data set's folder.
+        about: what it holds.
         options: of the training, beside ``OPTIONS``.
         size: pixels that the networks with exits see.
         sizes: pixels that the plain network is trained at, in the order in which they are worth having.
@@ -74,6 +93,7 @@ class Field:
 
     name: str
     data: str
+    about: str
     options: dict[str, Any]
     size: int
     sizes: tuple[int, ...]
@@ -148,10 +168,14 @@ class Field:
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def experiment(self, title: str) -> Experiment:
+        options = OPTIONS | self.options
         return Experiment(
             name=self.name,
             title=title,
             claim=CLAIM,
+            paper=PAPER,
+            setup=SETUP.format(data=self.about, epochs=self.options["epochs"], batch=options["batch-size"]),
+            outlook=OUTLOOK,
             runs=[
                 Run(variant, seed, run)
                 for seed in range(self.seeds)
@@ -167,146 +191,169 @@ def what_is_run(results: list[Result]) -> list[Result]:
     return [r | {"exits": r["exits"][:1]} if r["variant"].startswith("cut_") else r for r in results]
 
 
-def frontier(points: list[tuple[float, float]]) -> np.ndarray:
-    """(2, M): the costs and accuracies that no cheaper point reaches."""
-    best: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):  # of equal costs the best first
-        if not best or accuracy > best[-1][1]:
-            best.append((cost, accuracy))
-    return np.array(best).T
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+FAMILIES = {"exits": "exits", "dynperceiver": "Dyn-Perceiver", "cascade": "cascades"}
+TRIED = {"exits_conv": "exits with convolving heads", "exits_late": "exits behind blocks.3 and blocks.4"}
 
 
-def gains_in_the_middle(dynamic: np.ndarray, static: np.ndarray) -> np.ndarray | None:
-    """How far a dynamic curve (2, N) is above the static frontier, over the middle half of the costs of both."""
-    low, high = max(dynamic[0].min(), static[0].min()), min(dynamic[0].max(), static[0].max())
-    if high <= low:
-        return None
-    costs = np.linspace(low + (high - low) / 4, high - (high - low) / 4, 9)
-    return np.interp(costs, *dynamic) - np.interp(costs, *static)
+def label(variant: str, size: int) -> str:
+    """A variant by name; ``size`` of its images where the variant does not say it."""
+    sizes = [word for word in variant.split("_") if word.isdigit()] or [str(size)]
+    kind = kind_of(variant)
+    if variant.startswith("cut_"):
+        name = f"cut off behind {variant.removeprefix('cut_')}"
+    elif kind == "plain":
+        name = "plain"
+    elif kind.startswith("plain_"):
+        name = f"plain {kind.removeprefix('plain_tf_efficientnet_').capitalize()}"
+    else:
+        name = TRIED.get(variant) or FAMILIES[kind].removesuffix("s" * (kind == "cascade"))
+    return f"{name}, {', '.join(sizes)} px"
 
 
-def mean_curve(group: list[Result]) -> np.ndarray:
-    """(2, N): mean cost and accuracy of every budget over the seeds."""
-    points = np.array([[(p["cost"], p["accuracy"]) for p in result["budgeted"]] for result in group]).mean(0)
-    return points[points[:, 0].argsort()].T
+def kind_of(variant: str) -> str:
+    """What variants share that differ in sizes alone."""
+    return "_".join(word for word in variant.split("_") if not word.isdigit())
 
 
-def families(curves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The dynamic networks that differ in the size of their images alone, as one: the best of their points (2, N)."""
-    return {
-        f"{family}, any size" if len(names) > 1 else names[0]: frontier([tuple(p) for n in names for p in curves[n].T])
-        for family, names in by_kind(curves).items()
-    }
+def families(variants: Iterable[str]) -> dict[str, list[str]]:
+    """The dynamic networks that choose the size of their images as the static ones do, under their family's name."""
+    found: dict[str, list[str]] = {}
+    for variant in variants:
+        if kind_of(variant) in FAMILIES:
+            found.setdefault(f"{FAMILIES[kind_of(variant)]}, any size", []).append(variant)
+    return {name: variants for name, variants in found.items() if len(variants) > 1}
 
 
-def draw_families(curves: dict[str, np.ndarray], static: list[tuple[float, float]], path: Path) -> None:
-    """Accuracy over mean MACs of every family that has several sizes (of all where none has), and of static rivals."""
-    # What was tried at one size alone stands in the table.
-    drawn = {name: curve for name, curve in curves.items() if name.endswith("any size")} or curves
+def of_all_seeds(groups: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """The networks that every seed has that has run at all, by seed: others would put seeds beside each other."""
+    seeds = {result["seed"] for group in groups.values() for result in group}
+    return {variant: group for variant, group in groups.items() if len(group) == len(seeds)}
+
+
+def dynamic_curves(groups: dict[str, list[Result]], variants: Iterable[str]) -> list[Curve]:
+    """The best of what some networks reach at their budgets, for each seed."""
+    of = zip(*(groups[variant] for variant in variants), strict=True)
+    return [frontier([tuple(point) for result in results for point in budget_curve(result).T]) for results in of]
+
+
+def static_curves(groups: dict[str, list[Result]], fixed: bool = False) -> list[Curve]:
+    """The best that static networks reach, for each seed.
+
+    fixed: networks with exits besides, all images leaving by the same one: whoever trains exits has these too.
+    """
+    found = []
+    for results in zip(*groups.values(), strict=True):
+        points = []
+        for result in results:
+            if "budgeted" not in result:
+                points.append(result["exits"][-1])
+            elif fixed:
+                points += result["exits"]
+        found.append(frontier([(point["macs"], point["accuracy"]) for point in points]))
+    return found
+
+
+def draw_families(groups: dict[str, list[Result]], size: int, path: Path) -> None:
+    """Accuracy over mean MACs of every family (of single networks where there is none), and of the static rivals."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    style = {"markersize": 4.5, "capsize": 2, "elinewidth": 0.8}
+    dynamic = [variant for variant, group in groups.items() if "budgeted" in group[0]]
+    static = [variant for variant in groups if variant not in dynamic]
     if static:
-        axes.plot(*np.array(static).T * [[1e-6], [100]], linestyle="", marker="s", color="0.4", label="static networks")
-        axes.plot(*frontier(static) * [[1e-6], [100]], linestyle="--", color="0.4")
-        # Below the least accurate static network there is nothing to compare.
-        axes.set_ylim(bottom=100 * min(accuracy for _, accuracy in static) - 8)
-    for name, (macs, accuracy) in drawn.items():
-        axes.plot(macs / 1e6, 100 * accuracy, marker="o", markersize=4.5, label=name)
+        points = np.array([mean_point([result["exits"][-1] for result in groups[v]], "macs") for v in static])
+        line = frontier(points.tolist())
+        axes.errorbar(*_shown(points.T), linestyle="", marker="s", color="0.4", label="static networks", **style)
+        axes.plot(line[0] / 1e6, 100 * line[1], linestyle="--", color="0.4")
+        if len(static) > 2:  # below the least accurate of them there is nothing to compare
+            axes.set_ylim(bottom=100 * points[:, 1].min() - 8)
+    together = families(dynamic) or {label(variant, size): [variant] for variant in dynamic}
+    for name, variants in together.items():
+        points = [
+            mean_point(budget, "cost")
+            for variant in variants
+            for budget in zip(*(result["budgeted"] for result in groups[variant]), strict=True)
+        ]
+        axes.errorbar(*_shown(frontier(points)), marker="o", label=name, **style)
     axes.set_xlabel("mean cost per image [MMACs]")
     axes.set_ylabel("test accuracy (%)")
+    seeds = len(groups[dynamic[0]])
+    axes.set_title(f"mean of {seeds} seeds, bars: standard error" if seeds > 1 else "one seed", fontsize=9)
     axes.grid(color="0.9")
     axes.legend(frameon=False, loc="lower right")
     plots.save(figure, path)
 
 
-def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names that differ in sizes alone, under what they share."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault("_".join(word for word in name.split("_") if not word.isdigit()), []).append(name)
-    return found
+def mean_point(points: Iterable[dict[str, float]], cost: str) -> tuple[float, float, float]:
+    """Mean cost and accuracy of a point over seeds, and the accuracy's standard error (0 for one seed)."""
+    points = list(points)
+    accuracy, error = mean_and_error([point["accuracy"] for point in points])
+    return float(np.mean([point[cost] for point in points])), accuracy, error or 0.0
 
 
-def gains_by_seed(groups: dict[str, list[Result]], names: list[str]) -> list[float]:
-    """For each seed, how far the networks ``names`` together are above the static ones, mean over the middle half.
-
-    Of the networks that every seed has.
-    """
-    seeds = {result["seed"] for group in groups.values() for result in group}
-    whole = {name: {r["seed"]: r for r in group} for name, group in groups.items() if len(group) == len(seeds)}
-    found = []
-    for seed in sorted(seeds):
-        static = [
-            (results[seed]["exits"][-1]["macs"], results[seed]["exits"][-1]["accuracy"])
-            for results in whole.values()
-            if "budgeted" not in results[seed]
-        ]
-        dynamic = [tuple(point) for name in names if name in whole for point in mean_curve([whole[name][seed]]).T]
-        gains = gains_in_the_middle(frontier(dynamic), frontier(static)) if static and dynamic else None
-        if gains is not None:
-            found.append(float(gains.mean()))
-    return found
+def _shown(points: Curve) -> Curve:
+    """In millions of MACs, percent, and points."""
+    return points * [[1e-6], [100], [100]]
 
 
 def section(field: Field, results: list[Result], pictures: Path) -> str:
-    name = field.name
     results = what_is_run(results)
     groups = by_variant(results)
-    text = [exits_table(results)]
-    certified_ones = {variant: group for variant, group in groups.items() if "certified" in group[0]}
+    names = {variant: label(variant, field.size) for variant in groups}
+    text = [exits_table(results, names)]
+    certified_ones = {names[variant]: group for variant, group in groups.items() if "certified" in group[0]}
     if certified_ones:
         text.append(certificates(certified_ones))
-    dynamic = {name: group for name, group in groups.items() if "budgeted" in group[0]}
-    static = {
-        name: (group[0]["exits"][-1]["macs"], float(np.mean([r["exits"][-1]["accuracy"] for r in group])))
-        for name, group in groups.items()
-        if name not in dynamic
-    }
+    compared = of_all_seeds(groups)
+    dynamic = [variant for variant, group in compared.items() if "budgeted" in group[0]]
     if dynamic:
-        curves = {variant: mean_curve(group) for variant, group in dynamic.items()}
-        draw_families(families(curves), sorted(static.values()), pictures / "budgeted.png")
-        text.append(f"![Accuracy over mean MACs](results/{name}/budgeted.png)\n")
-    if dynamic and len(static) > 2:
-        rivals = frontier(list(static.values()))
-        gains = {name: gains_in_the_middle(curve, rivals) for name, curve in (curves | families(curves)).items()}
-        lines = [
-            f"- `{name}`: {percent(found.min(), sign=True)} to {percent(found.max(), sign=True)} points"
-            for name, found in gains.items()
-            if found is not None
-        ]
-        text.append(
-            "Against the best of all static rivals at the same MACs, in the middle half of the range both cover:\n"
-        )
-        text.append("\n".join(lines) + "\n")
-        # A network at one size covers a part of the range: judged are those that choose their size as the rivals do.
-        above, known = [], []
-        for family, names in by_kind(dynamic).items():
-            gain = gains.get(f"{family}, any size") if len(names) > 1 else None
-            if gain is None:
-                continue
-            known.append(gain)
-            means = gains_by_seed(groups, names)
-            error = mean_and_error(means)[1] if means else None
-            if means:
-                words = percent(*mean_and_error(means), sign=True)
-                text.append(f"`{family}, any size`, mean of the middle half, paired by seed: {words} points.\n")
-            of_all_seeds = error is not None or field.seeds == 1
-            if of_all_seeds and gain.min() > 0 and gain.mean() > 2 * (error or 0):
-                above.append(f"`{family}, any size`")
-        below = bool(known) and all(gain.max() < 0 for gain in known)
-        sentence = (
-            f"Above every static network that has run, in all of the middle half: {' and '.join(above) or 'none'}. "
-        )
-        missing = [variant for variant in field.rivals() if variant not in groups]
-        if missing:
-            sentence += f"Not run yet: {', '.join(f'`{variant}`' for variant in missing)}. "
-        text.append(verdict(True if above else False if below else None, sentence + "On the clock: see further down."))
+        draw_families(compared, field.size, pictures / "budgeted.png")
+        text.append(f"![Accuracy over mean MACs](results/{field.name}/budgeted.png)\n")
+    if dynamic and len(compared) - len(dynamic) > 2:
+        text += judged(field, compared, dynamic, [variant for variant in field.rivals() if variant not in groups])
     return "\n".join(text)
+
+
+def judged(field: Field, groups: dict[str, list[Result]], dynamic: list[str], missing: list[str]) -> list[str]:
+    """Against the best of the static networks at the same MACs: without the fixed exits, and with them."""
+    together = families(dynamic)
+    images = next(iter(groups.values()))[0]["test_images"]
+    rivals = static_curves(groups), static_curves(groups, fixed=True)
+    found, rows = {}, []
+    for name, variants in {**together, **{label(v, field.size): [v] for v in dynamic}}.items():
+        curves = dynamic_curves(groups, variants)
+        found[name] = [compare(curves, theirs, MIDDLE, images=images) for theirs in rivals]
+        if all(found[name]):
+            rows.append([name, *found[name][0].cells(), *found[name][1].cells()[1:]])
+    header = ["", "mean MACs (M)", "least", "mean", "most", "least, fixed exits too", "mean", "most"]
+    text = [
+        "Accuracy in points above the best static network of the same MACs, over the middle half of the range that "
+        "both cover, networks that all seeds have; the static ones without and with those whose images all leave by "
+        "the same exit of a network with exits:\n",
+        table(header, rows),
+    ]
+    # A network at one size covers a part of the range: judged are those that choose their size as the rivals do.
+    known = {name: found[name] for name in together if all(found[name])}
+    for index, words in enumerate(("network without exits", "static network, fixed exits of others too,")):
+        above = [f"`{name}` ({of[index].mean} points)" for name, of in known.items() if of[index].above()]
+        below = bool(known) and all(of[index].below() for of in known.values())
+        sentence = f"At the same MACs above every {words} that has run, in all of the middle half: "
+        sentence += f"{' and '.join(above) or 'none'}."
+        if missing and not index:
+            sentence += f" Not run yet: {', '.join(label(variant, field.size) for variant in missing)}."
+        text.append(verdict(True if above else False if below else None, sentence))
+    return text
 
 
 FIELD = Field(
     "lite0",
     data="caltech101",
+    about="Caltech-101 (1,020 photographs to train on, 816 to test, 102 classes, cut to 96 x 96 pixels: larger sizes "
+    "enlarge them)",
     options={"epochs": 30, "warmup-epochs": 3},
     size=160,
     sizes=(96, 128, 64, 224),

@@ -5,6 +5,7 @@ from lite0 import Field
 FIELD = Field(
     "lite0_cifar",
     data="cifar100",
+    about="CIFAR-100 (50,000 images to train on, 10,000 to test, of 32 x 32 pixels: all sizes enlarge them)",
     options={"epochs": 8, "warmup-epochs": 1, "batch-size": 64, "lr": 1e-3},
     size=96,
     sizes=(64, 48, 80, 32),

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from base import Experiment, Place, Result, Run, by_variant, mean_and_error, paired, percent, table, verdict
+from base import Experiment, Place, Result, Run, by_variant, mean_and_error, percent, table, verdict
+from judging import paired
 from motion import clips, fit
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -303,14 +304,13 @@ def section(results: list[Result], pictures: Path) -> str:
         "that 50 % is all that the second backbone can reach.\n"
     )
     state, said = None, []
-    for form, (mean, error) in ((f, d) for f, d in differences.items() if d):
-        said.append(f"{NAMES[form]} {percent(mean, error, sign=True)}")
-    if differences.get("tokens") and differences["tokens"][1] is not None:
-        mean, error = differences["tokens"]
-        state = True if mean - 2 * error > -MARGIN else False if mean + 2 * error < -MARGIN else None
+    for form, found in ((f, d) for f, d in differences.items() if d):
+        said.append(f"{NAMES[form]} {found}")
+    if tokens := differences.get("tokens"):
+        state = True if tokens.above(-MARGIN) else False if tokens.below(-MARGIN) else None
     sentence = (
-        f"At no more than {100 * SHARE:.0f} % of the MACs Dyn-RepAdapter is within a point of RepAdapter or above it, "
-        f"by two standard errors; points of difference, paired by seed: {'; '.join(said) or 'none yet'}."
+        f"At no more than {100 * SHARE:.0f} % of the MACs Dyn-RepAdapter is within a point of RepAdapter or above it; "
+        f"points of difference, paired by seed: {'; '.join(said) or 'none yet'}."
     )
     text.append(verdict(state, sentence))
     return "\n".join(text)
@@ -324,6 +324,11 @@ EXPERIMENT = Experiment(
     name="motion_peft",
     title="Dyn-RepAdapter on generated motion",
     claim="Dyn-RepAdapter keeps RepAdapter's accuracy on clips at 73 % of its FLOPs (Dyn-Adapter, table 7).",
+    paper="On Something-Something V2, over a ViT-B: 55.43 % at 40.05G against RepAdapter's 55.26 % at 54.92G.",
+    setup="A VideoMAE of four blocks, pretrained here without labels, and a ViT of four blocks that averages the "
+    f"logits of frames, pretrained here on single digits; both frozen, adapted on {SETTINGS['train_clips']:,} clips of "
+    f"the section before, {SETTINGS['epochs']} epochs, an exit behind every block.",
+    outlook="A deeper backbone: with four blocks the first exits stand behind a quarter and a half of it.",
     runs=[
         Run(
             f"{method}-{form}",

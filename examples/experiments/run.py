@@ -129,7 +129,7 @@ def work_off(waiting: list[tuple[Experiment, Run]], args: argparse.Namespace, pl
         while waiting or active:
             while waiting and len(active) < args.jobs:
                 experiment, run = waiting.pop(0)
-                if not experiment.result_file(place, run).is_file():
+                if experiment.result(place, run) is None:
                     active[start(experiment, run, args)] = (f"{experiment.name}/{run.name}", time.monotonic())
                     print(f"{experiment.name}/{run.name}: started, {len(waiting)} more waiting", flush=True)
             for process in [p for p in active if p.poll() is not None]:
@@ -151,14 +151,14 @@ def main(argv: list[str] | None = None) -> int:
     pairs = [(experiment, run) for experiment, runs in chosen for run in runs]
     if args.list:
         for experiment, run in pairs:
-            done = "done   " if experiment.result_file(place, run).is_file() else "missing"
+            done = "missing" if experiment.result(place, run) is None else "done   "
             print(f"{done} {experiment.name}/{run.name}")
         return 0
     failed = 0
     if args.here:
         for experiment, run in pairs:
             with locked(args.state / experiment.name / f"{run.name}.lock") as mine:
-                if mine and not experiment.result_file(place, run).is_file():
+                if mine and experiment.result(place, run) is None:
                     experiment.execute(place, run)
                 elif not mine:
                     print(f"{experiment.name}/{run.name} is being trained by another queue.")

@@ -34,6 +34,10 @@ EXPERIMENT = Experiment(
     name="vit",
     title="A small vision transformer to adapt",
     claim="None: it is trained here since no pretrained transformer installs with a package.",
+    paper="Adapts ViT-B/16 from ImageNet-21k.",
+    setup=f"Twelve blocks of width {NETWORK['embed_dim']} on patches of {NETWORK['patch_size']} pixels, from random "
+    f"weights, all 50,000 images of CIFAR-100, {OPTIONS['epochs']} epochs, AdamW, mixup and cutmix.",
+    outlook="Nothing: it is a backbone.",
     runs=[Run("plain", 0, Training("with_exits", OPTIONS, NETWORK))],
     section=section,
 )

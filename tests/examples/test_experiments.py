@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "experiments"
 sys.path.append(str(FOLDER))
 
 import base  # noqa: E402
 import clock  # noqa: E402
+import judging  # noqa: E402
 import lite0  # noqa: E402
 import run as queue  # noqa: E402
 
@@ -72,7 +74,8 @@ def test_a_run_is_locked_by_whoever_trains_it(tmp_path):
 def test_every_experiment_says_its_runs_by_distinct_names():
     for experiment, runs in queue.load_experiments():
         names = [run.name for run in runs]
-        assert len(set(names)) == len(names) and experiment.claim and experiment.title
+        assert len(set(names)) == len(names)
+        assert all((experiment.title, experiment.claim, experiment.paper, experiment.setup, experiment.outlook))
     with pytest.raises(SystemExit, match="no experiment or run nothing"):
         queue.load_experiments(["nothing"])
 
@@ -83,9 +86,33 @@ def test_differences_are_paired_by_seed():
 
     first = [result("a", 0, 0.5), result("a", 1, 0.7), result("a", 2, 0.1)]
     second = [result("b", 1, 0.6), result("b", 0, 0.3)]
-    mean, error = base.paired(first, second)
-    assert mean == pytest.approx(0.15) and error == pytest.approx(0.05)
-    assert base.paired(first, [result("b", 7, 0.3)]) is None
+    found = judging.paired(first, second)
+    assert found.mean == pytest.approx(0.15) and str(found) == "+15.0 ± 5.0"
+    assert judging.paired(first, [result("b", 7, 0.3)]) is None
+
+
+def test_a_difference_counts_if_seeds_or_images_do_not_explain_it():
+    values = [0.010, 0.014, 0.021]
+    one_sided = stats.ttest_1samp(values, 0.0, alternative="greater")
+    limit = one_sided.confidence_interval(0.95).low
+    found = judging.Difference(values)
+    assert found.mean - found.reach == pytest.approx(limit) and found.above() and not found.above(0.01)
+    assert not judging.Difference([0.5]).above(), "nothing is known of a single value"
+    chance = judging.by_chance([0.3, 0.3], 10_000)  # of two independent networks
+    draws = np.random.default_rng(0).binomial(10_000, 0.3, (2, 20_000)) / 10_000
+    assert chance == pytest.approx((draws[0] - draws[1]).std(), rel=0.02)
+    assert judging.Difference([0.011], chance).above() and not judging.Difference([0.010], chance).above()
+    assert judging.Difference([-0.011], chance).below()
+
+
+def test_curves_are_compared_at_costs_that_all_of_them_cover():
+    ours = [np.array([[1.0, 3.0], [0.5, 0.7]]), np.array([[2.0, 4.0], [0.62, 0.82]])]
+    theirs = [np.array([[0.0, 6.0], [0.3, 0.9]])] * 2  # a tenth a unit, as ours, 0.1 and 0.12 below
+    found = judging.compare(ours, theirs, points=3)
+    np.testing.assert_allclose(found.costs, [2.0, 2.5, 3.0])
+    np.testing.assert_allclose(found.gains, [[0.1] * 3, [0.12] * 3])
+    assert found.above() and found.cells(1)[2] == "+11.0 ± 1.0"
+    assert judging.compare(ours, [np.array([[7.0, 8.0], [0.1, 0.2]])] * 2) is None
 
 
 @pytest.mark.parametrize("form", ["tokens", "frames"])
@@ -113,11 +140,14 @@ def timed(seed: int, names: dict[str, float]) -> dict:
     points = []
     for batch in clock.BATCHES:
         for ms in (1.0, 2.0, 3.0):
-            static = {"engine": "torch", "batch": batch, "macs": ms, "ms": ms, "iqr_ms": 0.1}
+            static = {"engine": "torch", "batch": batch, "macs": ms, "ms": ms, "iqr_ms": 0.1, "fixed": False}
             points.append({**static, "name": f"plain_{ms:.0f}", "static": True, "accuracy": 0.5 + 0.1 * ms})
             for name, above in names.items():
-                points.append({**static, "name": name, "static": False, "accuracy": 0.5 + 0.1 * ms + above})
-    return {"variant": "caltech101", "seed": seed, "settings": {"halvings": 20}, "points": points}
+                own = {**static, "name": name, "static": False}
+                points.append({**own, "accuracy": 0.5 + 0.1 * ms + above})
+                points.append({**own, "accuracy": 0.51 + 0.1 * ms, "fixed": True})
+    head = {"variant": "caltech101", "seed": seed, "settings": {"halvings": 20}, "test_images": 100}
+    return {**head, "points": points}
 
 
 def test_images_are_timed_in_the_shares_of_the_exits():
@@ -130,13 +160,14 @@ def test_images_are_timed_in_the_shares_of_the_exits():
 
 def test_the_clock_takes_the_mean_over_seeds_of_the_networks_that_all_have(tmp_path):
     results = [
-        timed(0, {"exits_64": 0.01, "exits_96": 0.02, "late": 0.5}),
-        timed(1, {"exits_64": 0.03, "exits_96": 0.04}),
+        timed(0, {"exits_64": 0.01, "exits_96": 0.029, "late": 0.5}),
+        timed(1, {"exits_64": 0.03, "exits_96": 0.031}),
     ]
     text = clock.section(results, tmp_path)
     row = next(line for line in text.splitlines() if line.startswith("| PyTorch | 1 |"))
-    assert row == "| PyTorch | 1 | exits, any size | +3.0 | +3.0 ± 1.0 | +3.0 |"
-    assert "2 seeds" in text and "not every seed has them yet: late" in text and "**Shown.**" in text
+    cells = ["1.5 to 2.5", *["+3.0", "+3.0 ± 0.1", "+3.0"], *["+2.0", "+2.0 ± 0.1", "+2.0"]]
+    assert row == f"| PyTorch | 1 | exits, any size | {' | '.join(cells)} |"
+    assert "2 seeds" in text and text.count("**Shown.**") == 2 and "late" not in text
     assert (tmp_path / "caltech101.png").stat().st_size > 10_000
 
 
@@ -150,16 +181,27 @@ def test_families_are_judged_over_the_seeds_and_what_has_not_run_is_named(tmp_pa
         results += [result(f"plain_{size}", seed, 1e6 * size, size / 1000) for size in (100, 200, 300)]
         for size in (100, 200):
             curve = [(1e6 * c, c / 1000 + above) for c in (size, size + 50, size + 100)]
-            results.append(result(f"exits_{size}", seed, 1e6 * size, 0.3, curve))
+            results.append(result(f"exits_{size}", seed, 1e6 * size, size / 1000, curve))
     text = lite0.section(lite0.FIELD, results, tmp_path)
-    assert "paired by seed: +3.0 ± 0.6 points" in text and "`exits, any size`. Not run yet: `plain_160`" in text
+    assert "`exits, any size` (+3.0 ± 0.6 points). Not run yet: plain, 160 px" in text
     assert "**Shown.**" in text and (tmp_path / "budgeted.png").is_file()
     worse = [
         r | {"budgeted": [p | {"accuracy": p["accuracy"] - 0.09} for p in r["budgeted"]]} if "budgeted" in r else r
         for r in results
     ]
-    assert "**Against.** Above every static network that has run, in all of the middle half: none." in lite0.section(
-        lite0.FIELD, worse, tmp_path
-    )
+    text = lite0.section(lite0.FIELD, worse, tmp_path)
+    assert "**Against.** At the same MACs above every network without exits that has run, in all of the" in text
     alone = [r for r in results if "budgeted" in r]
     assert "**" not in lite0.section(lite0.FIELD, alone, tmp_path)
+
+
+def test_results_of_another_version_are_missing(tmp_path):
+    run = base.Run("a", 0, lambda place, folder, seed: {"answer": 1})
+    texts = dict.fromkeys(("title", "claim", "paper", "setup", "outlook"), "")
+    place = base.Place(tmp_path, tmp_path, tmp_path)
+    old = base.Experiment(name="one", runs=[run], section=lambda results, pictures: "", **texts)
+    new = base.Experiment(name="one", runs=[run], section=lambda results, pictures: "", version=2, **texts)
+    old.execute(place, run)
+    assert old.result(place, run)["answer"] == 1 and new.result(place, run) is None and new.results(place) == []
+    new.execute(place, run)
+    assert new.result(place, run)["version"] == 2 and old.result(place, run) is None
