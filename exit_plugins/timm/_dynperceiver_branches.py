@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._branch import FeatureBranch
 from ._host import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite, TimmModel
+from .kernels import is_closed
 from .layers import add_residual
 
 __all__ = ["FusedRegNetBlock", "mobilenetv3", "regnety", "resnet"]
@@ -152,6 +153,13 @@ def mobilenetv3(width_mult: float, in_chans: int, drop_path_rate: float, dd: dic
 
 class FusedRegNetBlock(nn.Module):
     """What a RegNet-Y block computes once its convolutions are fused: the rest of it in their memory, for inference."""
+
+    @staticmethod
+    def replaces(block: TimmModel) -> bool:
+        """Whether it may stand for ``block``: only where all batch norms could be folded."""
+        kept = [block.conv1.conv, block.conv2.conv, block.conv3.conv, block.se.fc1, block.se.fc2]
+        folded = not any(isinstance(part, nn.BatchNorm2d) for part in block.modules())
+        return folded and is_closed(block, entered=[*kept, *block.downsample.modules()])
 
     def __init__(self, block: TimmModel) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ._host import TimmModel
+from .kernels import has_own_weights, is_closed
 from .layers import (
     AdaptiveAverage,
     FusedBlock,
@@ -285,11 +286,14 @@ class DynPerceiverStage(nn.Module):
     def fuse(self, height: int, width: int) -> None:
         """Put the inference forms of the latents' parts in place, fastest on maps of ``height`` x ``width``."""
         if isinstance(self.x2z, CrossAttention):
-            if isinstance(self.grid, GridConv):
+            if isinstance(self.grid, GridConv) and has_own_weights(self.grid) and is_closed(self.grid):
                 self.grid = FusedGridConv(self.grid, height, width)
-            self.x2z = FusedCrossAttention(self.x2z)
-        self.self_attn = nn.Sequential(*[FusedBlock(block) for block in self.self_attn])
-        if isinstance(self.z2x, CrossAttention):
+            if is_closed(self.x2z):
+                self.x2z = FusedCrossAttention(self.x2z)
+        for index, block in enumerate(self.self_attn):
+            if FusedBlock.replaces(block):
+                self.self_attn[index] = FusedBlock(block)
+        if isinstance(self.z2x, CrossAttention) and is_closed(self.z2x):
             self.z2x = FusedCrossAttention(self.z2x)
 
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from ._host import TimmModel
 from ._trace import is_layer, trace_network, traceable_copy
-from .kernels import use_faster_products
+from .kernels import is_closed, use_faster_products
 from .layers import fold_pair
 
 __all__ = ["check_not_fused", "fuse_network", "groups_of_part"]
@@ -38,9 +38,11 @@ def check_not_fused(model: nn.Module) -> None:
 def fuse_network(net: nn.Module, exit_names: Sequence[str] = ()) -> None:
     """Put the inference form of a timm network in place; what the modules ``exit_names`` return stays as it is.
 
-    A network without exits that cannot be traced keeps its batch norms.
+    A network without exits that cannot be traced keeps its batch norms. Layers with hooks or computed weights stay; a
+    network that has any keeps the blocks that timm could reparameterise.
     """
-    reparameterize_model(net, inplace=True)
+    if is_closed(net):
+        reparameterize_model(net, inplace=True)
     use_faster_products(_fold_batch_norms(net, exit_names))
 
 

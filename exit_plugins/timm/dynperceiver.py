@@ -568,9 +568,9 @@ class DynPerceiver(MultiExit, nn.Module):
         else:
             fuse_convolutions(self)
         for stage in self.stages:
-            stage.blocks = nn.Sequential(
-                *[FusedRegNetBlock(b) if isinstance(b, RegNetBottleneck) else b for b in stage.blocks]
-            )
+            for index, block in enumerate(stage.blocks):
+                if isinstance(block, RegNetBottleneck) and FusedRegNetBlock.replaces(block):
+                    stage.blocks[index] = FusedRegNetBlock(block)
         return self.eval().to(memory_format=torch.channels_last)
 
 

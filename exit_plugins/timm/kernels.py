@@ -6,6 +6,7 @@ for the other, and which is faster depends on whose processor it is and on how m
 
 import platform
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TypeGuard, TypeVar
@@ -19,6 +20,8 @@ __all__ = [
     "PointwiseConv",
     "TokenLinear",
     "check_evaluating",
+    "has_own_weights",
+    "is_closed",
     "pointwise",
     "processor",
     "tokenwise",
@@ -55,6 +58,26 @@ def check_evaluating(model: nn.Module) -> None:
     """Raise RuntimeError if ``model``, whose ``fuse()`` was called, is in training mode."""
     if model.training:
         raise RuntimeError("fuse() folds batch norms with their running statistics: call model.eval() first.")
+
+
+def has_own_weights(layer: nn.Module) -> bool:
+    """Whether a layer's weights are its own parameters, and its output is read by its callers alone.
+
+    Pruning and norms of weights compute them anew at every call, and a forward hook sees, or changes, what comes out.
+    """
+    return "weight" in layer._parameters and not layer._forward_hooks
+
+
+def is_closed(module: nn.Module, entered: Iterable[nn.Module] = ()) -> bool:
+    """Whether one form for inference may stand for all of ``module``: nobody listens to it or to what is in it.
+
+    ``entered``: modules in it whose forward pre-hooks the form takes over.
+    """
+    entered = set(entered)
+    return not any(
+        part._forward_hooks or hasattr(part, "parametrizations") or (part._forward_pre_hooks and part not in entered)
+        for part in module.modules()
+    )
 
 
 def _in_a_graph() -> bool:
@@ -147,7 +170,7 @@ def use_faster_products(module: Network) -> Network:
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if "weight" not in child._parameters or child._forward_hooks:
+            if not isinstance(child, nn.Conv2d | nn.Linear) or not has_own_weights(child):
                 continue
             if PointwiseConv.replaces(child):
                 setattr(parent, name, PointwiseConv.of(child))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ._host import TimmModel
-from .kernels import Network, use_faster_products
+from .kernels import Network, has_own_weights, is_closed, use_faster_products
 
 __all__ = [
     "AdaptiveAverage",
@@ -108,14 +108,16 @@ def _foldable(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Modul
         children = list(parent.named_children())
         for (name, layer), (norm_name, norm) in pairwise(children):
             for layer_type, norm_type, fold in _FOLDS:
-                if isinstance(layer, layer_type) and isinstance(norm, norm_type):
+                known = isinstance(layer, layer_type) and isinstance(norm, norm_type)
+                if known and has_own_weights(layer) and is_closed(norm):
                     yield parent, name, norm_name, fold(layer.eval(), norm.eval())
 
 
 def fold_batch_norms(module: Network) -> Network:
     """Fold every batch norm that directly follows a convolution or linear layer into it, in place; return ``module``.
 
-    For inference only: the outputs in evaluation mode stay the same up to rounding. timm registers a layer and its norm
+    For inference only: the outputs in evaluation mode stay the same up to rounding. What has hooks or computed weights
+    stays. timm registers a layer and its norm
     one after the other in all blocks used here, and its combined norm-activation layers keep their activation.
     """
     for parent, name, norm_name, folded in list(_foldable(module)):
@@ -132,8 +134,8 @@ def fold_pair(net: nn.Module, layer_name: str, norm_name: str) -> None:
     layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
     for layer_type, norm_type, fold in _FOLDS:
         # Other convolutions, as those that standardise their weights, are subclasses that no norm folds into.
-        plain = type(layer) in (layer_type, Conv2dSame)
-        if plain and isinstance(norm, norm_type) and norm.running_mean is not None:
+        plain = type(layer) in (layer_type, Conv2dSame) and has_own_weights(layer)
+        if plain and isinstance(norm, norm_type) and is_closed(norm) and norm.running_mean is not None:
             net.set_submodule(layer_name, fold(layer.eval(), norm.eval()))
             net.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
 
@@ -187,6 +189,11 @@ class FusedBlock(FusedLayer):
     Raises:
         ValueError: The block has parts this form has no place for (layer scale, norms of queries and keys, a gate).
     """
+
+    @staticmethod
+    def replaces(block: TimmModel) -> bool:
+        """Whether it may stand for ``block``: hooks on the attention's input, as temporal shift's, are taken over."""
+        return is_closed(block, entered=[block.attn])
 
     qkv_weight: Tensor
     qkv_bias: Tensor
