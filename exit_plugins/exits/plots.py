@@ -257,10 +257,12 @@ def cka_with_labels(rows: Mapping[str, Sequence[float]]) -> "Figure":
     if not rows or not all(len(values) for values in rows.values()):
         raise ValueError("cka_with_labels draws at least one model with at least one layer.")
     figure, axes = _figure(7.0, 0.9 * len(rows) + 0.9, rows=len(rows), squeeze=False)
+    highest = max(max(max(values) for values in rows.values()), 1e-6)  # one scale for all, as fine as it can be
     for axis, (name, values) in zip(axes[:, 0], rows.items(), strict=True):
-        image = axis.imshow(np.asarray([values], dtype=float), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        image = axis.imshow(np.asarray([values], dtype=float), vmin=0, vmax=highest, cmap="Blues", aspect="auto")
         for index, value in enumerate(values):
-            axis.text(index, 0, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black")
+            color = "white" if value > 0.5 * highest else "black"
+            axis.text(index, 0, f"{value:.2f}", ha="center", va="center", color=color)
         axis.set_xticks(range(len(values)), [str(index + 1) for index in range(len(values))])
         axis.set_yticks([])
         axis.set_title(name, loc="left", fontsize=10)

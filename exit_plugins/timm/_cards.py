@@ -4,14 +4,14 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from torch import nn
 
 from ..exits import exit_costs
-from ..exits.files import atomic_write
+from ..exits.files import atomic_folder
 from ..exits.policy import ExitPolicy, weights_digest
 from ..exits.protocol import check_multi_exit
 from ._host import TimmModel, generate_readme, hf_split, model_config
@@ -88,7 +88,7 @@ def save_for_hf(
     accuracies: Sequence[float] | None = None,
     dataset: str | None = None,
     card: dict[str, Any] | None = None,
-    safe_serialization: bool = True,
+    safe_serialization: bool | Literal["both"] = True,
     classes: Sequence[str] | None = None,
     policy: ExitPolicy | None = None,
     **kwargs: Any,
@@ -100,9 +100,9 @@ def save_for_hf(
 
     Args:
         model, accuracies, dataset: see ``model_card``.
-        folder: where to; made if needed.
+        folder: where to; made if needed. It becomes the new model at once, or stays as it was; other files in it stay.
         card: a card of your own instead.
-        safe_serialization: write safetensors instead of a torch file.
+        safe_serialization: write safetensors instead of a torch file ("both" writes both).
         classes: names of the classes by index; they become timm's ``label_names``.
         policy: written beside the weights as ``policy.json``.
         kwargs: go on to ``timm.models.save_for_hf`` (``model_config``, ``model_args``, ``data_config``).
@@ -125,11 +125,17 @@ def save_for_hf(
     if any(not tensor.is_contiguous() for tensor in model.state_dict().values()):
         # safetensors refuses channels_last weights; the model itself keeps them.
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    timm.models.save_for_hf(model, str(folder), safe_serialization=safe_serialization, **kwargs)
-    with atomic_write(folder / "README.md") as file:
-        file.write(generate_readme(card, model_config(model)["architecture"]))
-    if policy is not None:
-        policy.save(folder / _POLICY)
+    # Weights in the format not asked for are those of before, and timm may prefer them.
+    formats = {
+        "model.safetensors": safe_serialization is not False,
+        "pytorch_model.bin": safe_serialization is not True,
+    }
+    obsolete = [name for name, written in formats.items() if not written]
+    with atomic_folder(folder, without=obsolete) as new:
+        timm.models.save_for_hf(model, str(new), safe_serialization=safe_serialization, **kwargs)
+        (new / "README.md").write_text(generate_readme(card, model_config(model)["architecture"]), encoding="utf-8")
+        if policy is not None:
+            policy.save(new / _POLICY)
     return folder
 
 

@@ -363,7 +363,9 @@ def _remember(model: WithExits, **arguments: Any) -> None:
     first_conv = _prefixed(model_config(backbone).get("first_conv"))
     set_model_traits(model, {**model_traits(backbone), "first_conv": first_conv})
     name = model_config(backbone).get("architecture")
-    arguments = {**get_model_args(backbone), **arguments, "backbone": name, "exits": list(model.exit_names)}
+    arguments = {key: value for key, value in arguments.items() if key in _ARGUMENTS}
+    exits = list(model.exit_names) or 1  # the network's own head alone has no names
+    arguments = {**get_model_args(backbone), **arguments, "backbone": name, "exits": exits}
     update_model_args(model, **arguments)
 
 

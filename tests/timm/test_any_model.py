@@ -276,6 +276,17 @@ def test_copies_pickles_and_saved_folders_compute_the_same(tmp_path):
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("arguments", [{"exits": 3, "num_classes": 7, "train": "heads"}, {"exits": 1}])
+@torch.no_grad()
+def test_saved_folders_remember_what_timm_can_build(resnet, arguments, tmp_path):
+    model = add_exits(resnet, **arguments).eval()
+    save_for_hf(model, tmp_path / "saved")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    assert loaded.exit_names == model.exit_names
+    for found, wanted in zip(loaded.forward_exits(images()), model.forward_exits(images()), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_pretrained_weights_are_the_networks(tmp_path):
     torch.manual_seed(0)

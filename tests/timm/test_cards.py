@@ -30,6 +30,27 @@ def policy(model):
     return solve_thresholds(collect_exits(model, DataLoader(images, 8)), costs, budget=0.8 * costs[-1], model=model)
 
 
+def test_a_folder_is_the_old_model_or_the_new_one(model, tmp_path, monkeypatch):
+    save_for_hf(model, tmp_path, classes=("ant", "bee", "cow"))
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = timm.create_model("msdnet_test", num_classes=3, in_chans=1).eval()
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("timm.models._hub.save_config_for_hf", full_disk)  # the weights are written by then
+        for safe in (True, False):
+            with pytest.raises(OSError, match="no space"):
+                save_for_hf(other, tmp_path, classes=("x", "y", "z"), safe_serialization=safe)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_for_hf(other, tmp_path, safe_serialization=False)  # the weights of before, which timm would prefer, go
+    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "notes.txt").read_text() == "mine"
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(load_from_hf(f"local-dir:{tmp_path}")[0](x), other(x))
+
+
 def test_model_and_policy_travel_together(model, policy, tmp_path):
     save_for_hf(model, tmp_path, policy=policy, classes=("ant", "bee", "cow"))
     assert json.loads((tmp_path / "config.json").read_text())["label_names"] == ["ant", "bee", "cow"]
