@@ -160,11 +160,15 @@ def precision(document: Document) -> str:
             row["network"],
             row["precision"],
             str(row["batch"]),
-            *(f"{row[kind]['median_ms']:.1f} | {row[f'{kind}_speedup']:.2f}" for kind in ("whole", "policy")),
+            *(
+                f"{row[kind]['median_ms'] / images:.2f} | {row[f'{kind}_speedup']:.2f}"
+                for kind, images in (("whole", row["batch"]), ("policy", row["images"]))
+            ),
         ]
         for row in document["rows"]
     ]
-    header = ["network", "precision", "batch", "ms to the last exit", "speed-up", "ms under the policy", "speed-up "]
+    times = ["ms an image to the last exit", "speed-up", "ms an image under the policy", "speed-up "]
+    header = ["network", "precision", "batch", *times]
     right = []
     for network, found in document["accuracy"].items():
         for name, figures in found.items():

@@ -75,9 +75,10 @@ def _lower_precision(document: Document) -> Figures:
 
 
 def _accuracy_lost(document: Document) -> Figures:
+    """The upper ends of the 95 % intervals: what few images cannot exclude is not reached."""
     networks = document["accuracy"].items()
     return {
-        f"{name} {precision}": 100 * figures["under_policy"]["drop"]
+        f"{name} {precision}": 100 * figures["under_policy"]["interval"][1]
         for name, found in networks
         for precision, figures in found.items()
     }
@@ -111,7 +112,7 @@ TARGETS = (
     Target("a mean time asked for is kept within 5 %", "latency_budget", 5.0, _off_budget),
     Target("requests at equal p95: at least 1.2 times plain batching", "request_load", 1.2, _queue, at_most=False),
     Target("at least 1.5 times float32 in OpenVINO", "precision", 1.5, _lower_precision, at_most=False),
-    Target("at most 0.5 points of accuracy for it, at the same budget", "precision", 0.5, _accuracy_lost),
+    Target("surely at most 0.5 points of accuracy for it, at the same budget", "precision", 0.5, _accuracy_lost),
     Target("thresholds at most 0.3 points below the optimum of three exits", "solvers", 0.3, _solver_gap),
     Target("50,000 samples of 4 exits solved in 2 s", "solvers", 2.0, _solver_seconds(50_000)),
     Target("1,000,000 samples of 8 exits solved in 20 s", "solvers", 20.0, _solver_seconds(1_000_000)),

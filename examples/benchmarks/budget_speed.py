@@ -3,8 +3,8 @@
     python examples/benchmarks/budget_speed.py with_exits_tf_efficientnet_lite0.caltech101 --data caltech101 \\
         --threads 1 --batch 1 32 --json speed.json
 
-Thresholds are solved on one half of the test images; accuracy, cost and time are of the other half, all budgets and
-the network that nobody leaves interleaved. Reading and scaling of the images are left out.
+Thresholds are solved on one half of the test images; accuracy and cost are of the other half, times of images drawn
+from both, all budgets and the network that nobody leaves interleaved. Reading and scaling of the images are left out.
 """
 
 import argparse

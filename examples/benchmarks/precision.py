@@ -32,7 +32,8 @@ from exit_plugins.exits.export import LOWER_PRECISIONS, ExportedAdaptiveModel
 from exit_plugins.timm.data import open_dataset
 from exit_plugins.timm.images import input_config
 
-HEAD = ("network", "precision", "batch", "ms to the last exit", "speed-up", "ms under the policy", "speed-up ")
+TIMES = ("ms an image to the last exit", "speed-up", "ms an image under the policy", "speed-up ")
+HEAD = ("network", "precision", "batch", *TIMES)
 
 
 def export(name: str, data: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -134,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
                 for kind, value in found.items():
                     row |= {kind: spread(value), f"{kind}_speedup": float(np.median(ratio[kind]))}
                 rows.append(row)
-                cells = [f"{row[kind]['median_ms']:.2f} | {row[kind + '_speedup']:.2f}" for kind in found]
+                count = {"whole": batch, "policy": args.timed}
+                cells = [f"{row[k]['median_ms'] / count[k]:.2f} | {row[f'{k}_speedup']:.2f}" for k in found]
                 print(f"| {name} | {each} | {batch} | {' | '.join(cells)} |", flush=True)
     print("\n| network | precision | accuracy | images | float32 [%] | here [%] | fall [points] | 95 % interval |")
     print("| --- " * 8 + "|")
