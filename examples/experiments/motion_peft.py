@@ -9,14 +9,16 @@ classifier of single digits, once for all runs.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from adapters import NO_PRIORITY, NO_SPARSITY
 from base import Experiment, Place, Result, Run, by_variant, mean_and_error, percent, table, verdict
-from judging import paired
+from judging import Difference, paired
 from motion import clips, fit
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -57,6 +59,11 @@ SETTINGS = {
     "clip_grad": 1.0,
 }
 PRETRAINING = {"samples": 4000, "masked": 0.75, "epochs": 15, "lr": 1e-3, "weight_decay": 0.05}
+# What might hold the exits back: too short a training, or the care that the method takes of the deep ones.
+TRIES = {
+    "long": ("both trained three times as long", {"epochs": 30, "warmup_epochs": 3}, {}),
+    "even": ("no priority and no sparsity", {}, NO_PRIORITY | NO_SPARSITY),
+}
 SMALL = {"train_clips": 64, "test_clips": 64, "epochs": 2, "batch_size": 16}
 
 
@@ -177,9 +184,10 @@ def pretrained(form: str, settings: dict[str, Any], place: Place) -> dict[str, T
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train(method: str, form: str, place: Place, folder: Path, seed: int) -> Result:
-    """Adapt a pretrained backbone, going on from the last epoch that was finished."""
-    settings = SETTINGS | (SMALL if place.small else {})
+def train(method: str, form: str, place: Place, folder: Path, seed: int, tried: str | None = None) -> Result:
+    """Adapt a pretrained backbone, going on from the last epoch that was finished; ``tried``: one of ``TRIES``."""
+    _, changed, dynamic = TRIES[tried] if tried else ("", {}, {})
+    settings = SETTINGS | changed | (SMALL if place.small else {})
     shape = settings["num_frames"], settings["size"]
     weights = pretrained(form, settings, place)
     torch.manual_seed(seed)
@@ -193,7 +201,9 @@ def train(method: str, form: str, place: Place, folder: Path, seed: int) -> Resu
     frames = settings["num_frames"] if FORMS[form].consensus else None
     data = clips("train", settings["train_clips"], *shape)
     if method == "dyn":
-        model = get_dyn_peft_model(backbone, adapter, DynConfig(settings["exit_interval"]), num_frames=frames)
+        model = get_dyn_peft_model(
+            backbone, adapter, DynConfig(settings["exit_interval"], **dynamic), num_frames=frames
+        )
         mask = []
 
         def loss_of(x: Tensor, target: Tensor, step: int, steps: int) -> Tensor:
@@ -220,7 +230,7 @@ def train(method: str, form: str, place: Place, folder: Path, seed: int) -> Resu
     tested = clips("test", settings["test_clips"], *shape)
     measured = measure_exits(model, tested) if method == "dyn" else measure_plain(model, tested)
     return {
-        "settings": settings | {"method": method, "form": form, "pretraining": PRETRAINING},
+        "settings": settings | {"method": method, "form": form, "tried": tried, "pretraining": PRETRAINING},
         "epochs": len(history),
         "seconds": sum(entry["seconds"] for entry in history),
         "cpu_seconds": sum(entry["cpu_seconds"] for entry in history),
@@ -289,14 +299,16 @@ def section(results: list[Result], pictures: Path) -> str:
             accuracy = mean_and_error([result["exits"][-1]["accuracy"] for result in dyn])
             macs = dyn[0]["exits"][-1]["macs"] / 1e6
             rows.append([name, "Dyn-RepAdapter, last exit", f"{macs:.1f}", percent(*accuracy), len(dyn)])
-            at_share = [at_budget(result) for result in dyn]
-            macs = np.mean([r["cost"] * result["plain_macs"] for r, result in zip(at_share, dyn, strict=True)]) / 1e6
-            accuracy = mean_and_error([r["accuracy"] for r in at_share])
+            points = [at_budget(result) for result in dyn]
+            macs = np.mean([r["cost"] * result["plain_macs"] for r, result in zip(points, dyn, strict=True)]) / 1e6
+            accuracy = mean_and_error([r["accuracy"] for r in points])
             label = f"Dyn-RepAdapter, budget {SHARE:.0%} of the MACs".replace("%", " %")
             rows.append([name, label, f"{macs:.1f}", percent(*accuracy), len(dyn)])
-        if plain and dyn:
-            adapted = [result | {"exits": [at_budget(result)]} for result in dyn]
-            differences[form] = paired(adapted, plain)
+        differences[form] = at_share(dyn, plain)
+    tried = {
+        said: at_share(groups.get(f"dyn-tokens-{name}", []), groups.get(plain_of(name), []))
+        for name, (said, _, _) in TRIES.items()
+    }
     text = [table(["backbone", "adapter", "mean MACs (M)", "accuracy", "seeds"], rows)]
     text.append(
         "Thresholds are solved on one half of the test clips and scored on the other, over five random halvings; MACs "
@@ -312,8 +324,21 @@ def section(results: list[Result], pictures: Path) -> str:
         f"At no more than {100 * SHARE:.0f} % of the MACs Dyn-RepAdapter is within a point of RepAdapter or above it; "
         f"points of difference, paired by seed: {'; '.join(said) or 'none yet'}."
     )
+    further = [f"{name} {found}" for name, found in tried.items() if found]
+    if further:
+        sentence += f" Further tries on joint tokens: {'; '.join(further)}."
     text.append(verdict(state, sentence))
     return "\n".join(text)
+
+
+def at_share(dyn: list[Result], plain: list[Result]) -> Difference | None:
+    """The dynamic form at ``SHARE`` of the MACs, less the plain one."""
+    return paired([result | {"exits": [at_budget(result)]} for result in dyn], plain)
+
+
+def plain_of(tried: str) -> str:
+    """The plain adapter that a try is held against: of the same length."""
+    return "plain-tokens-long" if tried == "long" else "plain-tokens"
 
 
 def at_budget(result: Result) -> dict[str, float]:
@@ -330,14 +355,17 @@ EXPERIMENT = Experiment(
     f"the section before, {SETTINGS['epochs']} epochs, an exit behind every block.",
     outlook="A deeper backbone: with four blocks the first exits stand behind a quarter and a half of it.",
     runs=[
-        Run(
-            f"{method}-{form}",
-            seed,
-            lambda place, folder, seed, method=method, form=form: train(method, form, place, folder, seed),
-        )
+        Run(f"{method}-{form}", seed, partial(train, method, form))
         for form in FORMS
         for seed in range(3)
         for method in ("plain", "dyn")
+    ]
+    + [
+        Run(variant, seed, partial(train, variant.split("-")[0], "tokens", tried=tried))
+        for seed in range(3)
+        for tried in TRIES
+        for variant in dict.fromkeys((f"dyn-tokens-{tried}", plain_of(tried)))
+        if variant.endswith(tried)
     ],
     section=section,
 )
