@@ -208,7 +208,8 @@ def train(method: str, form: str, place: Place, folder: Path, seed: int, tried: 
 
         def loss_of(x: Tensor, target: Tensor, step: int, steps: int) -> Tensor:
             model.set_progress(step / steps)
-            mask[0].step = step
+            if mask[0] is not None:
+                mask[0].step = step
             return model.loss(model(x), target)
 
         history = fit(
