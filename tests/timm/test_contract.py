@@ -285,7 +285,8 @@ def test_compiles_into_one_graph(name):
 @torch.no_grad()
 def test_exports_with_any_batch_size(name):
     model = make(name)
-    program = torch.export.export(model, (images(model),), dynamic_shapes=({0: Dim("batch")},))
+    batch = Dim("batch", max=2**31 - 1)  # torch 2.6 asks for an end where images are cut by an unfold, as in DVT
+    program = torch.export.export(model, (images(model),), dynamic_shapes=({0: batch},))
     x = images(model, batch=5)
     torch.testing.assert_close(program.module()(x), model(x))
 

@@ -16,6 +16,7 @@ from .runtimes import leaf_names, require
 __all__ = ["onnx_program", "onnx_segments"]
 
 _OPSET = 20
+_MANY = 2**31 - 1  # torch 2.6 exports an unfold, as DVT cuts images by, for a batch that has an end alone
 
 
 class _Segment(nn.Module):
@@ -96,7 +97,7 @@ def onnx_segments(model: MultiExitModule, images: Tensor) -> Iterable[Any]:
         flat, spec = pytree.tree_flatten(state)
         leaves = tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in flat)
         segment = _Segment(model, index, spec).eval()
-        dynamic = (tuple({0: torch.export.Dim("batch")} for _ in leaves),)
+        dynamic = (tuple({0: torch.export.Dim("batch", max=_MANY)} for _ in leaves),)
         try:
             program = _traced(segment, leaves, dynamic)
         except Exception as error:
