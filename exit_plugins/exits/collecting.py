@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .confidence import check_measure, check_temperatures, confidence
 from .digests import describe_checked, sample_digests, weights_digest
-from .files import check_target
+from .files import check_apart, check_target
 from .parts import PartFile, Record
 from .protocol import AnyModel, MultiExitModule, check_multi_exit, exit_device, forward_exits
 from .table import ExitTable
@@ -66,8 +66,8 @@ def collect_exits(
 
     Raises:
         ValueError: the loader is empty, is sharded already, or its batches do not hold images and class indices; or
-            the part file is of other weights, data, input size or settings. Of the data, its length and the inputs
-            and labels of the first and the last batch in the part file are compared.
+            the part file is of other weights, data, input size or settings, or the file of ``save_as``. Of the data,
+            its length and the inputs and labels of the first and the last batch in the part file are compared.
         OSError: ``save_as`` or ``part_file`` cannot be written. No batch that is done is lost: the part file stays.
     """
     model = check_multi_exit(model)
@@ -79,13 +79,15 @@ def collect_exits(
     known = {"transform": None, "data": None, "split": None, "classes": None, **(about or {})}
     known = {"model": describe_checked(model), "weights": weights_digest(model), **known}
     ask = _Asker(model, device, measure, temperatures, keep_logits)
+    path = None if part_file is None else Path(part_file if world == 1 else f"{part_file}.rank{rank}of{world}")
+    if save_as is not None and path is not None:
+        check_apart(save_as, [path])  # which goes once the table is there
     if save_as is not None and rank == 0:
         check_target(save_as, _bytes_at_least(model, loader, keep_logits))
     part = None
-    if part_file is not None:
+    if path is not None:
         if isinstance(getattr(loader, "sampler", None), RandomSampler):
             raise ValueError("a shuffled loader cannot be resumed; use shuffle=False with part_file.")
-        path = Path(part_file) if world == 1 else Path(f"{part_file}.rank{rank}of{world}")
         part = PartFile(path, _run_header(loader, ask, known), model.num_exits, keep_logits)
     records = part.records if part is not None else []
     done = len(records)

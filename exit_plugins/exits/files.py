@@ -21,7 +21,17 @@ try:
 except ImportError:  # Windows has no flock: what killed runs left is then not cleaned up
     fcntl = None  # type: ignore[assignment]  # a module that is not there
 
-__all__ = ["atomic_folder", "atomic_path", "atomic_write", "check_target", "lock", "recover_folder"]
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "atomic_write",
+    "check_apart",
+    "check_folder",
+    "check_target",
+    "is_stream",
+    "lock",
+    "recover_folder",
+]
 
 _TEMPORARY = re.compile(r"[0-9a-z_]{8}\.tmp")
 
@@ -39,7 +49,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     followed; what is no plain file (a terminal, a pipe) is written to as it is. OSError names ``path``.
     """
     encoding = None if "b" in mode else "utf-8"
-    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+    if is_stream(path):
         with open(path, mode, encoding=encoding) as file:
             yield file
         return
@@ -53,8 +63,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """``atomic_write`` for what writes by name: the path of a temporary file that takes the place of ``path``.
 
-    IsADirectoryError if ``path`` is a folder.
+    What is no plain file gets what the temporary file holds in the end. IsADirectoryError if ``path`` is a folder.
     """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory(prefix="exit_plugins.") as folder:
+            written = Path(folder, Path(path).name)
+            yield written
+            with open(written, "rb") as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target)
+        return
     path = Path(path).resolve()  # a link stays a link
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, a file was to be written", str(path))
@@ -65,22 +82,67 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is neither file nor folder: a terminal, a pipe, a device, which is written to as it is."""
+    # Asked of the name as it is given: /dev/stdout leads to a name under which no pipe is found.
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 def check_target(path: str | os.PathLike[str], room: int = 0) -> None:
     """Before long work: OSError unless a file can be written at ``path``, with ``room`` bytes free for it.
 
     IsADirectoryError is one of them, where ``path`` is a folder.
     """
+    if is_stream(path):
+        return
     path = Path(path).resolve()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name a file to write", str(path))
-    if path.exists() and not path.is_file():
-        return
     with _temporary(path):
         pass
     free = shutil.disk_usage(path.parent).free
     if free < room:
         cause = f"about {room / 1e6:.0f} MB are to be written and {free / 1e6:.0f} MB are free"
         raise OSError(errno.ENOSPC, cause, str(path))
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Before long work: OSError unless ``atomic_folder`` could write a folder at ``path``.
+
+    NotADirectoryError is one of them, where ``path`` is a file.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected a folder, or a name that is still free.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not any(os.access(place, os.W_OK) for place in (path.parent, path) if place.is_dir()):
+        raise PermissionError(errno.EACCES, "cannot be written", str(path))
+
+
+def check_apart(output: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]]) -> None:
+    """ValueError if ``output``, which is to be written, is one of the ``others``, under whatever name or link.
+
+    These are what the same work reads, or keeps, and writing would destroy them. What is no plain file (a terminal, a
+    pipe) can be both.
+    """
+    if is_stream(output):
+        return
+    for other in others:
+        if _same(output, other):
+            alias = "" if os.fspath(output) == os.fspath(other) else f" (as {os.fspath(other)})"
+            raise ValueError(
+                f"{os.fspath(output)} is to be written, but it is needed for the same work{alias} and would be lost; "
+                "name another file to write."
+            )
+
+
+def _same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    try:
+        if os.path.exists(one) and os.path.exists(other):
+            return os.path.samefile(one, other)
+        return Path(one).resolve() == Path(other).resolve()  # what is not there yet goes by its name
+    except (OSError, ValueError):  # a text that is no file's name
+        return False
 
 
 def lock(handle: int, unknown: bool = True) -> bool:
@@ -179,10 +241,8 @@ def atomic_folder(path: str | os.PathLike[str], without: Iterable[str | os.PathL
     Raises:
         NotADirectoryError: ``path`` is a file.
     """
+    check_folder(path)
     path = Path(path).resolve()  # a link to a folder stays a link
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; expected a folder, or a name that is still free.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(path)
     inside = path.exists() and (not os.access(path.parent, os.W_OK) or os.path.ismount(path))
     new = Path(tempfile.mkdtemp(dir=path if inside else path.parent, prefix=f".{path.name}.", suffix=".new"))

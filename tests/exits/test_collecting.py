@@ -256,6 +256,16 @@ def test_damage_between_batches_is_said_and_done_again(tmp_path):
     assert same(table, collect_exits(model, DataLoader(make_data(), 8)))
 
 
+def test_the_table_is_not_written_over_its_part_file(tmp_path):
+    (tmp_path / "link").symlink_to("t.npz")
+    for save_as in ("t.npz", "link"):
+        with pytest.raises(ValueError, match="needed for the same work"):
+            collect_exits(
+                make_model(), DataLoader(make_data(), 8), part_file=tmp_path / "t.npz", save_as=tmp_path / save_as
+            )
+    assert not (tmp_path / "t.npz").exists()
+
+
 def test_part_file_in_use_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("exit_plugins.exits.parts._PATIENCE", 0.0)
     model, part = make_model(), tmp_path / "t.part"

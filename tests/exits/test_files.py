@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from exit_plugins.exits import files
-from exit_plugins.exits.files import atomic_folder, atomic_write, check_target
+from exit_plugins.exits.files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    check_apart,
+    check_folder,
+    check_target,
+)
 
 # Files
 
@@ -47,6 +54,27 @@ def test_what_is_no_plain_file_is_written_to(tmp_path):
     with atomic_write(pipe) as file:
         file.write("hello")
     assert reader.communicate()[0] == "hello" and names(tmp_path) == ["pipe"]
+
+
+def test_what_writes_by_name_reaches_pipes_and_devices_too(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+        check_target(tmp_path / name)
+        with atomic_path(tmp_path / name) as temporary:
+            temporary.write_text("hello")
+        assert reader.communicate(timeout=20)[0] == "hello"
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and names(tmp_path) == ["link", "pipe"]
+    # Through a name that leads to nothing when it is resolved, as /dev/stdout of a shell's pipe does.
+    out, into = os.pipe()
+    check_target(f"/dev/fd/{into}")
+    with atomic_path(f"/dev/fd/{into}") as temporary:
+        temporary.write_text("hello")
+    os.close(into)
+    assert os.read(out, 100) == b"hello"
+    os.close(out)
 
 
 def killed(work: Callable[[], None]) -> None:
@@ -91,6 +119,28 @@ def test_target_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         check_target(tmp_path / "file" / "a.txt")
+
+
+def test_what_is_needed_is_not_written_to(tmp_path):
+    kept, free = tmp_path / "kept", tmp_path / "free"
+    kept.touch()
+    (tmp_path / "link").symlink_to("kept")
+    os.link(kept, tmp_path / "hard")
+    for output, other in ((kept, kept), (tmp_path / "link", kept), (kept, tmp_path / "hard"), (free, str(free))):
+        with pytest.raises(ValueError, match="is needed for the same work"):
+            check_apart(output, [tmp_path / "another", other])
+    check_apart(free, [kept, tmp_path, "a\0name", "x" * 10_000])
+    check_apart("/dev/null", ["/dev/null"])
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    check_folder(tmp_path)
+    check_folder(tmp_path / "some" / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        check_folder(tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        check_folder(tmp_path / "file" / "new")
 
 
 # Folders

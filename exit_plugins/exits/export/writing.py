@@ -93,8 +93,9 @@ def export_graph(
     with atomic_path(path) as part:
         segments = [program.model_proto for program in onnx_segments(inference_copy(prepared), images)]
         require("onnx").save(adaptive_graph(segments, policy), part)
-        verify_graph(prepared, policy, GraphRunner(part), images)
-    return GraphRunner(path)
+        runner = GraphRunner(part)  # once it is open it needs no file, and a pipe could not be read again
+        verify_graph(prepared, policy, runner, images)
+    return runner
 
 
 def _prepared(model: AnyModel, policy: ExitPolicy) -> MultiExitModule:
