@@ -10,8 +10,8 @@ from .._version import __version__
 
 __all__ = ["main"]
 
-# Command -> what it does. Each is a module here with add_arguments(parser) and run(args) -> int; only the one that is
-# asked for is imported.
+# Command -> what it does. Each is a module here with add_arguments(parser), run(args) -> int and, where it writes
+# files, outputs(args), which are tried before it runs; only the one that is asked for is imported.
 COMMANDS = {
     "profile": "parameters, MACs and latency of every exit, beside the plain backbone",
     "evaluate": "accuracy, cost and calibration of every exit on a data set, and of a policy",
@@ -44,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(command)
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
     args = command.parse_args(argv[1:])
-    from .common import leave_processes
+    from .common import check_outputs, leave_processes
 
     try:
+        if hasattr(module, "outputs"):
+            check_outputs(args, module.outputs(args))
         return int(module.run(args))
     except KeyboardInterrupt:
         print("exit-plugins: interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, Grayscale
 
+from ..exits.files import check_apart, check_folder, check_target
 from ..exits.schema import plain
-from ..timm.clips import ClipTransform
+from ..timm.clips import VIDEO_EXTENSIONS, ClipTransform
 from ..timm.data import ImageView, class_names, open_dataset
+from ..timm.images import EXTENSIONS
 from .models import device_of, number, whole
 from .modes import MODES
 
@@ -123,6 +125,51 @@ def transformed(data: Any, config: dict[str, Any]) -> Dataset[Any]:
     if isinstance(data, ImageView):
         return data.with_channels(channels).with_transform(transform)
     return _Stream(data, Compose([Grayscale(1), transform]) if channels == 1 else transform)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are written
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Of the files in a folder that is read: those that are, whichever command reads it.
+_READ_ENDINGS = (*EXTENSIONS, *VIDEO_EXTENSIONS, ".safetensors", ".bin", ".pt", ".pth", ".onnx", ".xml")
+_READ_NAMES = ("config.json", "export.json")
+
+
+class Output(NamedTuple):
+    """A file, or a folder, that a command writes, and the argument that names it."""
+
+    argument: str
+    path: str | Path
+    is_folder: bool = False
+
+
+def check_outputs(args: argparse.Namespace, outputs: Sequence[Output]) -> None:
+    """Before the work: ValueError or OSError where what is to be written cannot be, or is what the command reads.
+
+    Whatever else the arguments name counts as read, so that no command has to say it of each.
+    """
+    if not is_main():
+        return
+    ours = {output.argument for output in outputs}
+    values = [value for name, value in vars(args).items() if name not in ours]
+    texts = [text for value in values for text in (value if isinstance(value, (list, tuple)) else [value])]
+    read = [text.removeprefix("local-dir:") for text in texts if isinstance(text, str) and text]
+    for place, output in enumerate(outputs):
+        check_apart(output.path, [*read, *(other.path for other in outputs[:place])])
+        if output.is_folder:
+            check_folder(output.path)
+        else:
+            check_apart(output.path, _read_within(output.path, read))
+            check_target(output.path)
+
+
+def _read_within(path: str | Path, folders: Sequence[str]) -> list[Path]:
+    """The file at ``path``, if there is one and it is what is read of one of the folders around it."""
+    found = Path(path).resolve()
+    if not found.is_file() or not (found.suffix.lower() in _READ_ENDINGS or found.name in _READ_NAMES):
+        return []
+    return [found for folder in folders if os.path.isdir(folder) and Path(folder).resolve() in found.parents][:1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

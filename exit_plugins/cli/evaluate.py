@@ -20,6 +20,7 @@ from ..exits.evaluation import AnytimePoint, PolicyResult, anytime_curve, ensemb
 from ..exits.latency import exit_shares_of
 from ..exits.policy import ExitPolicy
 from .common import (
+    Output,
     add_confidence_arguments,
     add_cost_arguments,
     add_data_arguments,
@@ -45,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="FILE", help="evaluate this policy too")
     add_force_argument(parser)
     add_json_argument(parser)
+
+
+def outputs(args: argparse.Namespace) -> list[Output]:
+    return [Output("save_table", args.save_table)] if args.save_table else []
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,9 +27,19 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ..exits import export
+from ..exits.export.manifest import check_replaceable
 from ..exits.policy import ExitPolicy, weights_digest
 from ..timm.data import ImageView
-from .common import add_data_arguments, add_json_argument, make_loader, open_data, percent, print_json, print_table
+from .common import (
+    Output,
+    add_data_arguments,
+    add_json_argument,
+    make_loader,
+    open_data,
+    percent,
+    print_json,
+    print_table,
+)
 from .models import (
     add_force_argument,
     add_model_arguments,
@@ -72,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
 
 
+def outputs(args: argparse.Namespace) -> list[Output]:
+    lower = [Output(name, getattr(args, name), True) for name in export.LOWER_PRECISIONS if getattr(args, name)]
+    return [Output("output", args.output, not args.single_file), *lower]
+
+
 def run(args: argparse.Namespace) -> int:
     policy = ExitPolicy.load(args.policy)
     if args.format:
@@ -84,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--{asked[0]} needs images to set ranges on and to compare the accuracy on: give --data.")
     if args.bfloat16 and runtime != "openvino":
         raise ValueError("--bfloat16 is a choice of OpenVINO: give --runtime openvino.")
+    for folder in ([] if args.single_file else [args.output]) + [getattr(args, name) for name in asked]:
+        check_replaceable(Path(folder))
     known = known_model(args, policy)
     model = open_model(args, known).cpu()
     policy.check_model(model)

@@ -6,7 +6,7 @@ them ('shards/{000..099}.tar'). The model is the one the policy was made for, or
 printed as they come; a file that cannot be read is named on stderr, the others go on, and the exit status is then 1.
 
 With --output rows go to a file that is there once all are answered. A run that was killed is gone on with by --resume
-and the same options, and ends with the same file.
+and the same options and images, and ends with the same file.
 
 examples:
   exit-plugins predict photos/*.jpg --policy policy.json --checkpoint model.safetensors --class-names names.txt
@@ -18,9 +18,8 @@ import argparse
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,13 +28,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..exits.files import check_apart
 from ..exits.policy import ExitPolicy, weights_digest
 from ..timm._cards import own_policy
 from ..timm._shipped import list_shipped
 from ..timm.images import UnreadableImage
 from ..timm.predictor import PREDICT_MODES, Predictor, spoken_names
-from ..timm.sources import Item, check_sources, iterate_images
-from .common import add_json_argument, amount, percent
+from ..timm.sources import Item, check_sources, fingerprint, iterate_images
+from .common import Output, add_json_argument, amount, percent
+from .journal import Journal, Trail
 from .models import (
     Classifier,
     add_force_argument,
@@ -48,7 +49,7 @@ from .models import (
     open_model,
     whole,
 )
-from .rows import ENDINGS, FORMATS, Journal, make_format, print_line
+from .rows import ENDINGS, FORMATS, make_format, print_line
 from .tables import check_batches, check_weights
 
 
@@ -95,13 +96,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
 
 
+def outputs(args: argparse.Namespace) -> list[Output]:
+    return [Output("output", args.output)] if args.output else []
+
+
 def run(args: argparse.Namespace) -> int:
     form = _form(args)
+    if args.output and args.policy is None:  # it lies in the folder of the export, or of the card
+        folder = args.export or args.model.removeprefix("local-dir:")
+        check_apart(args.output, [Path(folder, "policy.json")])
     predictor = _open_predictor(args)
-    check_sources(args.images, predictor.read.endings, predictor.kind)
+    check_sources(args.images, predictor.read.endings, predictor.kind, args.output)
     if args.output:
         return _to_file(args, predictor, form)
-    answers = _Answers(args, predictor, warm=True)
+    answers = _Answers(args, predictor)
     if args.json:
         _print_json(answers, predictor.kind)
     else:
@@ -178,9 +186,10 @@ def _open_predictor(args: argparse.Namespace) -> Predictor:
 
 
 class _Batch(NamedTuple):
-    """Images read: the name of each, what was wrong with it if something was, and the pixels of the others."""
+    """Images read: of each its name, its fingerprint and what was wrong with it, if anything; pixels of the others."""
 
     paths: list[str]
+    contents: list[str]
     errors: list[str | None]
     pixels: torch.Tensor | None
 
@@ -191,10 +200,10 @@ class _Files(Dataset[Any]):
     def __init__(self, predictor: Predictor) -> None:
         self.read = predictor.read
 
-    def __getitems__(self, items: list[Item]) -> _Batch:
+    def __getitems__(self, items: list[tuple[Item, str]]) -> _Batch:
         errors: list[str | None] = []
         pixels = []
-        for item in items:
+        for item, _ in items:
             error = item.error
             if error is None:
                 try:
@@ -203,7 +212,8 @@ class _Files(Dataset[Any]):
                 except UnreadableImage as unreadable:
                     error = str(unreadable)
             errors.append(error)
-        return _Batch([item.path for item in items], errors, torch.stack(pixels) if pixels else None)
+        paths, contents = [item.path for item, _ in items], [content for _, content in items]
+        return _Batch(paths, contents, errors, torch.stack(pixels) if pixels else None)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -211,25 +221,45 @@ def _unchanged(batch: Any) -> Any:
 
 
 class _Answers:
-    """Runs through the images, batch by batch, from the ``skip``-th on."""
+    """Runs through the images, batch by batch, from those on that ``journal`` does not hold yet."""
 
-    def __init__(self, args: argparse.Namespace, predictor: Predictor, warm: bool = False) -> None:
-        self.args, self.predictor, self.cold = args, predictor, warm
+    def __init__(self, args: argparse.Namespace, predictor: Predictor, journal: Journal | None = None) -> None:
+        self.args, self.predictor, self.journal = args, predictor, journal
+        self.cold = journal is None  # rows that say how long each took
         self.failed = self.unsure = 0
 
-    def batches(self, skip: int = 0, last: str | None = None) -> Iterator[tuple[_Batch, list[dict[str, Any]]]]:
+    def _left(self) -> Iterator[tuple[Item, str]]:
+        """The images to answer, each with what it is made of now; those answered before are compared, and passed."""
+        images = self._images()
+        if self.journal is not None and self.journal.state["items"]:
+            trail, count, last = Trail(), 0, None
+            for item, content in islice(images, self.journal.state["items"]):
+                trail.add(item.path, content)
+                count, last = count + 1, item.path
+            following = next(images, None)
+            self.journal.check_passed(trail, count, last, following is not None)
+            images = chain([] if following is None else [following], images)
+        yield from images
+
+    def _images(self) -> Iterator[tuple[Item, str]]:
+        # Once, and not for every image, it is asked what is there to be lost.
+        output = self.args.output if self.args.output and Path(self.args.output).is_file() else None
+        for item in iterate_images(self.args.images, self.predictor.read.endings):
+            if output is not None:
+                check_apart(output, [item.file or item.path])
+            # Before it is read: what is changed meanwhile is then seen to have changed.
+            yield item, fingerprint(item)
+
+    def check_finished(self) -> None:
+        """ValueError unless the journal's file answers these very images."""
+        if next(self._left(), None) is not None:
+            raise ValueError(f"{self.args.output} answers no image, and there are some; leave out --resume.")
+
+    def batches(self) -> Iterator[tuple[_Batch, list[dict[str, Any]]]]:
         """Each batch read and the rows of those in it that could be; the others are named on stderr and counted."""
-        items = iterate_images(self.args.images, self.predictor.read.endings)
-        if skip:
-            passed = deque(islice(items, skip), maxlen=1)
-            if not passed or passed[0].path != last:
-                raise ValueError(
-                    f"the images are not those of the run that is to go on: its number {skip} was {last}, now it is "
-                    f"{passed[0].path if passed else 'missing'}; bring them back, or begin anew."
-                )
         loader = DataLoader(
             _Files(self.predictor),
-            batch_sampler=_chunks(items, self.args.batch_size),
+            batch_sampler=_chunks(self._left(), self.args.batch_size),
             num_workers=self.args.workers,
             collate_fn=_unchanged,
         )
@@ -257,7 +287,7 @@ class _Answers:
         return [{"path": path, **row, "seconds": seconds} for path, row in zip(read, rows, strict=True)]
 
 
-def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+def _chunks(items: Iterator[tuple[Item, str]], size: int) -> Iterator[list[tuple[Item, str]]]:
     while chunk := list(islice(items, size)):
         yield chunk
 
@@ -285,20 +315,21 @@ def _print_json(answers: _Answers, kind: str) -> None:
 def _to_file(args: argparse.Namespace, predictor: Predictor, form: str) -> int:
     rows = make_format(form, predictor.kind, predictor.classes, predictor.policy.num_exits, args.top_k)
     journal = Journal(args.output, rows, _run_facts(args, predictor, form), args.resume, args.top_k)
+    answers, state = _Answers(args, predictor, journal), journal.state
     if journal.finished:
-        print(f"{args.output} is there, and no run to go on with.", file=sys.stderr)
+        answers.check_finished()
+        print(f"{args.output} is there, whole, and no run to go on with.", file=sys.stderr)
         return 0
-    answers, state = _Answers(args, predictor), journal.state
     start, done = time.perf_counter(), state["items"]
     hidden = True if args.no_progress else None  # None: unless standard error is no terminal
     try:
         with tqdm(initial=done, unit=f" {predictor.kind}s", disable=hidden, dynamic_ncols=True) as bar:
-            for batch, answered in answers.batches(state["items"], state["last"]):
+            for batch, answered in answers.batches():
                 for row in answered:
                     row.pop("seconds")
                 failed = len(batch.paths) - len(answered)
                 unsure = sum(row["class"] is None for row in answered)
-                journal.add(answered, len(batch.paths), batch.paths[-1], failed, unsure)
+                journal.add(answered, batch.paths, batch.contents, failed, unsure)
                 bar.set_postfix_str(_shares(state["exits"], predictor.policy.num_exits), refresh=False)
                 bar.update(len(batch.paths))
     except BaseException:

@@ -36,6 +36,7 @@ from ..exits.table import ExitTable
 from ..exits.thresholds import METHODS, policy_path, solve_thresholds
 from ..timm.data import ImageView
 from .common import (
+    Output,
     add_confidence_arguments,
     add_cost_arguments,
     add_data_arguments,
@@ -74,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="(default: %(default)s)")
     add_force_argument(parser)
     add_json_argument(parser)
+
+
+def outputs(args: argparse.Namespace) -> list[Output]:
+    return [Output("output", args.output)]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from ..exits.samples import SampleRecord
 from ..exits.table import ExitTable
 from ..exits.thresholds import METHODS, SWEEPS, policy_path, solve_thresholds
 from .common import (
+    Output,
     add_confidence_arguments,
     add_cost_arguments,
     add_data_arguments,
@@ -88,6 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
 
 
+def outputs(args: argparse.Namespace) -> list[Output]:
+    policies = [Output("output", path) for path in dict.fromkeys(_policy_files(args))]
+    return [*policies, *([Output("save_table", args.save_table)] if args.save_table else [])]
+
+
 def run(args: argparse.Namespace) -> int:
     _check(args)
     inputs = open_inputs(args)
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     profiles: list[LatencyProfile | None] = [*inputs.latency] or [None]
     policies = [_finished(args, _solved(args, table, costs, model, profile), table) for profile in profiles]
     last = [costs[-1] if profile is None else profile.full_batches()[-1] for profile in profiles]
-    _write(args, dict(zip(_outputs(args), policies, strict=True)), last, inputs.unit)
+    _write(args, dict(zip(_policy_files(args), policies, strict=True)), last, inputs.unit)
     return 0
 
 
@@ -122,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--cost-batch names a size twice: {' '.join(map(str, args.cost_batch))}.")
 
 
-def _outputs(args: argparse.Namespace) -> list[Path]:
+def _policy_files(args: argparse.Namespace) -> list[Path]:
     """A policy's file; of several batch sizes each has its size in its name: a policy is for one."""
     path = Path(args.output)
     if len(args.cost_batch) == 1:

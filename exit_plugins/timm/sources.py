@@ -7,6 +7,7 @@ sorted names go through a temporary file.
 
 import contextlib
 import fnmatch
+import hashlib
 import heapq
 import os
 import re
@@ -18,7 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
-__all__ = ["Item", "check_sources", "iterate_images"]
+from ..exits.files import check_apart
+
+__all__ = ["Item", "check_sources", "fingerprint", "iterate_images"]
 
 LISTS = (".txt", ".lst")
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -28,23 +31,45 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Item(NamedTuple):
-    """One image: what rows call it, its bytes where it has no path of its own, and why there is nothing to read."""
+    """One image: what rows call it, its bytes where it has no path of its own (and the ``file`` they came from), and
+    why there is nothing to read."""
 
     path: str
     content: bytes | None = None
     error: str | None = None
+    file: str | None = None
 
 
-def check_sources(sources: Sequence[str], endings: Sequence[str], kind: str = "image") -> None:
+def fingerprint(item: Item) -> str:
+    """What an image is made of now, in short: the size and time of change of its file, or a digest of its bytes."""
+    if item.error is not None:
+        return item.error
+    if item.content is not None:
+        return hashlib.blake2b(item.content, digest_size=16).hexdigest()
+    try:
+        found = os.stat(item.path)
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        return type(error).__name__
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def check_sources(
+    sources: Sequence[str], endings: Sequence[str], kind: str = "image", output: str | None = None
+) -> None:
     """Before long work: ValueError or FileNotFoundError for a source that holds nothing.
 
-    A single file that is not there is no error here: it is one image among many, named when it is its turn.
+    ValueError too for one that is the file ``output``, which is to be written. A single file that is not there is no
+    error here: it is one image among many, named when it is its turn. Nor is an empty list on standard input.
     """
     for source in sources:
         if source == STANDARD_INPUT:
             continue
         for name in _expand(source):
             path = Path(name)
+            if output is not None:
+                check_apart(output, [name])
+                if os.path.isfile(output):
+                    check_apart(output, _files_of(name, endings))
             if path.is_dir():
                 if next(_walk(name, endings), None) is None:
                     raise ValueError(f"no {kind}s in {name}.")
@@ -53,8 +78,27 @@ def check_sources(sources: Sequence[str], endings: Sequence[str], kind: str = "i
                     raise FileNotFoundError(f"no list or shard at {name}.")
                 if kind != "image" and name.lower().endswith(SHARDS):
                     raise ValueError(f"{name}: shards hold images, and the model reads {kind}s; unpack them first.")
-            elif _is_pattern(name) and next(_matches(name), None) is None:
-                raise ValueError(f"nothing matches {name}.")
+                if name.lower().endswith(LISTS) and next(_images_of(name, endings), None) is None:
+                    raise ValueError(f"the list {name} names no {kind}s.")
+            elif _is_pattern(name):
+                if next(_matches(name), None) is None:
+                    raise ValueError(f"nothing matches {name}.")
+                if next(_images_of(name, endings), None) is None:
+                    raise ValueError(f"no {kind}s in what matches {name}.")
+
+
+def _files_of(name: str, endings: Sequence[str]) -> Iterator[str]:
+    """Names of the files that a source leads to; no file but a list is opened for them."""
+    if os.path.isdir(name):
+        yield from _walk(name, endings)
+    elif name.lower().endswith(LISTS) and os.path.isfile(name):
+        with open(name, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            yield from (line.rstrip("\r\n") for line in lines)
+    elif _is_pattern(name):
+        for match in _matches(name):
+            yield match
+            if os.path.isdir(match):
+                yield from _walk(match, endings)
 
 
 def iterate_images(sources: Sequence[str], endings: Sequence[str]) -> Iterator[Item]:
@@ -62,9 +106,10 @@ def iterate_images(sources: Sequence[str], endings: Sequence[str]) -> Iterator[I
 
     Args:
         sources: each one an image file; a folder, whose images are found at any depth; a pattern such as
-            ``photos/**/*.jpg``; a list (``.txt``, ``.lst``) with one path a line; ``-`` for such a list on standard
-            input; or a tar shard (``.tar``, ``.tar.gz``, ``.tgz``), as webdataset writes them, in which every member
-            with an image's ending counts. ``{000..099}`` in a name stands for all of these numbers.
+            ``photos/**/*.jpg``, of files and of such folders; a list (``.txt``, ``.lst``) with one path a line; ``-``
+            for such a list on standard input; or a tar shard (``.tar``, ``.tar.gz``, ``.tgz``), as webdataset writes
+            them, in which every member with an image's ending counts. ``{000..099}`` in a name stands for all of these
+            numbers.
         endings: of the files that are images, lower case, with the dot.
 
     What cannot be read (a shard that breaks off) comes as an Item with an ``error``; the others go on.
@@ -90,17 +135,32 @@ def _images_of(name: str, endings: Sequence[str]) -> Iterator[Item]:
         except OSError as error:
             yield Item(name, error=f"cannot read the list {name}: {error.strerror}.")
     elif _is_pattern(name):
-        for match in _matches(name):
-            if os.path.isdir(match):
-                continue  # its files match a pattern of their own
-            yield from [Item(match)] if not match.lower().endswith((*LISTS, *SHARDS)) else _images_of(match, endings)
+        yield from _matching(name, endings)
     else:
         yield Item(name)
 
 
+def _matching(pattern: str, endings: Sequence[str]) -> Iterator[Item]:
+    """The files that match, and the images of the folders that do, each image once."""
+    # Whatever lies in a folder that such a pattern matches, but for one behind a link, it matches too.
+    reaches_all = Path(pattern).parts[-2:] == ("**", "*")
+    walked: set[str] = set()
+    for match in _matches(pattern):
+        if walked and not walked.isdisjoint(map(str, Path(match).parents)):
+            continue
+        if not os.path.isdir(match):
+            single = not match.lower().endswith((*LISTS, *SHARDS))
+            yield from [Item(match)] if single else _images_of(match, endings)
+        elif not reaches_all or os.path.islink(match):
+            walked.add(match)
+            yield from map(Item, _walk(match, endings))
+
+
 def _listed(lines: Iterator[str], endings: Sequence[str]) -> Iterator[Item]:
     """The files a list names, one a line, from where the command is run; shards among them are opened."""
-    for line in lines:
+    for number, line in enumerate(lines):
+        if number == 0:
+            line = line.removeprefix("\ufeff")  # the byte-order mark that some editors write
         if name := line.rstrip("\r\n"):
             yield from _members(name, endings) if name.lower().endswith(SHARDS) else [Item(name)]
 
@@ -224,7 +284,7 @@ def _members(shard: str, endings: Sequence[str]) -> Iterator[Item]:
                 if member.isfile() and os.path.splitext(member.name)[1].lower() in endings:
                     content = archive.extractfile(member)
                     assert content is not None  # of a file
-                    yield Item(f"{shard}/{member.name}", content.read())
+                    yield Item(f"{shard}/{member.name}", content.read(), file=shard)
     # Decompressors of damaged files raise what comes to them: EOFError, zlib.error, lzma.LZMAError, ...
     except Exception as error:
         cause = getattr(error, "strerror", None) or error or type(error).__name__

@@ -2,17 +2,20 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
 import tarfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
+from safetensors.torch import load_file, save_file
 from test_trust import run, run_json
 
 from exit_plugins import ExitPolicy
-from exit_plugins.cli import rows as rows_module
+from exit_plugins.cli import journal
 from exit_plugins.timm import save_for_hf
 from exit_plugins.timm.predictor import BatchPredictor
 
@@ -117,17 +120,17 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_file(form, predict, folde
     assert run(*words) == 1
     whole = (tmp_path / "out").read_bytes()
     # What lies on the disk at any write: rows without a record of them, half a row, a record, all but the last step.
-    moments, write, save = [], rows_module.Journal._write, rows_module.Journal._save
+    moments, write, save = [], journal.Journal._write, journal.Journal._save
 
-    def look(journal) -> None:
+    def look(_) -> None:
         files = {path.name: path.read_bytes() for path in tmp_path.glob("out.part*")}
         moments.append(files)
         if len(moments) % 3 == 0 and files["out.part"]:
             moments.append({**files, "out.part": files["out.part"] + b'{"torn'})
 
-    monkeypatch.setattr(rows_module.Journal, "_write", lambda self, text: (write(self, text), look(self))[0])
-    monkeypatch.setattr(rows_module.Journal, "_save", lambda self: (save(self), look(self))[0])
-    monkeypatch.setattr(rows_module, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(journal.Journal, "_write", lambda self, text: (write(self, text), look(self))[0])
+    monkeypatch.setattr(journal.Journal, "_save", lambda self: (save(self), look(self))[0])
+    monkeypatch.setattr(journal, "_CHECKPOINT", 0.0)
     (tmp_path / "out").unlink()
     assert run(*words) == 1
     monkeypatch.undo()
@@ -166,11 +169,66 @@ def test_another_run_is_not_gone_on_with(predict, folder, tmp_path, capsys, monk
     for more, says in ((["--batch-size", 5], "another batch-size (4, now 5)"),):
         assert run(*predict(folder, "-o", out, "--resume", *more)) == 2
         assert says in capsys.readouterr().err
-    (folder / "ant" / "00.png").write_bytes(b"")
-    assert run(*predict(folder, "-o", out, "--resume", "--batch-size", 4)) == 2
-    assert "the images are not those of the run" in capsys.readouterr().err
-    (folder / "ant" / "00.png").unlink()
+    first, second, last = (folder / "ant" / f"{number}.png" for number in (0, 1, 9))
+    ways = {
+        "its number 12 was": lambda: (folder / "ant" / "00.png").write_bytes(b""),
+        "names have changed": lambda: first.rename(folder / "ant" / "00.png"),
+        "files have changed since": lambda: second.write_bytes(last.read_bytes()),
+    }
+    shutil.copytree(folder, tmp_path / "kept")  # with the times of change
+    for says, change in ways.items():
+        change()
+        assert run(*predict(folder, "-o", out, "--resume", "--batch-size", 4)) == 2
+        assert says in (said := capsys.readouterr().err) and "the images are not those of the run" in said
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "kept", folder)
     assert run(*predict(folder, "-o", out, "--resume", "--batch-size", 4)) == 1
+
+
+def test_a_finished_file_is_not_taken_for_that_of_another_run(predict, folder, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = predict(folder, "-o", out, "--resume")
+    out.write_text("somebody's")
+    assert run(*words) == 2
+    assert "nothing says which run wrote it; leave out --resume" in capsys.readouterr().err
+    assert run(*words[:-5], *words[-4:]) == 1  # without --resume
+    whole = out.read_bytes()
+    assert run(*words) == 0 and "no run to go on with" in capsys.readouterr().err
+    other = {name: t.flip(0) if t.ndim == 4 else t for name, t in load_file(checkpoint).items()}
+    save_file({name: tensor.contiguous() for name, tensor in other.items()}, tmp_path / "w.safetensors")
+    for more, says in (
+        (["--checkpoint", tmp_path / "w.safetensors"], "out.csv was written with another model"),
+        (["--top-k", 2], "out.csv was written with another top-k (1, now 2)"),
+        ([folder / "ant"], "out.csv was written with another inputs"),
+    ):
+        given = [*words, *more] if str(more[0]).startswith("-") else ["predict", *more, *words[1:]]
+        assert run(*given) == 2
+        assert says in capsys.readouterr().err
+    shutil.copy(folder / "ant" / "0.png", folder / "cow" / "zz.png")
+    assert run(*words) == 2 and "there are more than the 31 it answered" in capsys.readouterr().err
+    (folder / "cow" / "zz.png").unlink()
+    os.utime(folder / "cow" / "0.png", ns=(1, 1))
+    assert run(*words) == 2 and "files have changed since" in capsys.readouterr().err
+    assert out.read_bytes() == whole
+    out.write_bytes(whole.replace(b"ant", b"bee", 1))
+    assert run(*words) == 2 and "is not what the run wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_pipes_devices_and_links_get_the_rows(form, predict, folder, tmp_path, capsys):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    pipe, real = tmp_path / "pipe", tmp_path / "real"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("real")
+    assert run(*predict(folder, "--format", form, "-o", tmp_path / "link")) == 1
+    assert (tmp_path / "link").is_symlink()
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    assert run(*predict(folder, "--format", form, "-o", pipe)) == 1
+    assert reader.communicate(timeout=30)[0] == real.read_bytes() and pipe.is_fifo()
+    assert run(*predict(folder, "--format", form, "-o", pipe, "--resume")) == 2
+    assert "--resume goes on with a file" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".real.run.json", "link", "mixed", "pipe", "real"]
 
 
 def test_options_that_mean_nothing_together_are_refused(predict, folder, tmp_path, capsys):

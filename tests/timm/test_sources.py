@@ -36,19 +36,40 @@ def test_folders_are_walked_in_the_order_of_their_paths(tree):
     assert [name for name in names(tree) if "/loop/" not in name] == [str(path) for path in expected]
 
 
-@pytest.mark.parametrize("pattern", ["*.png", "b/*", "**/*.png", "?/*.png", "[ab]/**/x.png", "b/**"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*.png",
+        "b/*",
+        "**/*.png",
+        "?/*.png",
+        "[ab]/**/x.png",
+        "b/**",
+        "[ab]",
+        "b*",
+        "**/[bc]",
+    ],
+)
 def test_patterns_find_what_glob_finds(tree, pattern):
-    expected = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    if not pattern.endswith("g"):
-        expected = [path for path in expected if path.lower().endswith(ENDINGS)]
+    """Of a folder that matches all its images, as of one that is named."""
+    found = glob.glob(pattern, recursive=True)
+    within = [file for path in found for file in glob.glob(f"{path}/**", recursive=True)]
+    expected = {path for path in [*found, *within] if os.path.isfile(path) and path.lower().endswith(ENDINGS)}
     assert sorted(names(pattern)) == sorted(expected) and len(expected) > 0
 
 
+def test_a_folder_behind_a_link_is_walked_where_a_pattern_matches_it(tree):
+    (tree / "there").symlink_to("b")
+    assert "there/c/x.png" in names("t*") and "there/c/x.png" in names("**/*") and "there/c/x.png" in names("**")
+    assert len(names("**/*.png")) == len(set(names("**/*.png"))) == 5
+
+
 def test_lists_standard_input_and_numbers(tree, monkeypatch):
-    (tree / "list.txt").write_text("b/2.png\n\nnowhere.png\r\n")
-    assert names("list.txt", "a.png") == ["b/2.png", "nowhere.png", "a.png"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("a.png\nb.png\n"))
-    assert names("-") == ["a.png", "b.png"]
+    for mark in (b"", b"\xef\xbb\xbf"):  # with which some editors begin a text in UTF-8
+        (tree / "list.txt").write_bytes(mark + b"b/2.png\n\nnowhere.png\r\n")
+        assert names("list.txt", "a.png") == ["b/2.png", "nowhere.png", "a.png"]
+        monkeypatch.setattr("sys.stdin", io.StringIO(mark.decode() + "a.png\nb.png\n"))
+        assert names("-") == ["a.png", "b.png"]
     assert names("x-{08..11}.png") == ["x-08.png", "x-09.png", "x-10.png", "x-11.png"]
 
 
@@ -69,10 +90,19 @@ def test_shards_give_the_images_in_them(tree):
 
 def test_what_holds_nothing_is_said_before_the_work(tree):
     (tree / "empty").mkdir()
-    for source, message in (("empty", "no images in empty"), ("*.gif", "nothing matches"), ("no.txt", "no list or")):
+    (tree / "empty.txt").write_text("\n")
+    for source, message in (
+        ("empty", "no images in empty"),
+        ("*.gif", "nothing matches"),
+        ("empt[y]", "no images in what matches"),
+        ("no.txt", "no list or"),
+        ("empty.txt", "empty.txt names no images"),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             check_sources([source], ENDINGS)
-    check_sources(["nowhere.png", "-", "b"], ENDINGS)
+    check_sources(["nowhere.png", "-", "b"], ENDINGS, output="list.txt")
+    with pytest.raises(ValueError, match="x-2.tar is to be written"):
+        check_sources(["x-{2..3}.tar"], ENDINGS, output="x-2.tar")
 
 
 def test_a_huge_folder_is_sorted_without_holding_its_names(tmp_path, monkeypatch):
