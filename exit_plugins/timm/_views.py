@@ -1,5 +1,6 @@
 """Some samples of a labelled dataset: which ones, how they are read, and how their classes are numbered."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,8 +40,7 @@ class ImageView(Dataset):
         self.classes = tuple(map(str, (own or _numbers(self.base)) if self.classes is None else self.classes))
         if self.channels is not None and self.channels not in MODES:
             raise ValueError(f"images have 1 or 3 channels, the model takes {self.channels}.")
-        numbers = {name: i for i, name in enumerate(self.classes)}
-        self._number = None if own in (None, self.classes) else [numbers.get(name, -1) for name in own]
+        self._number = None if own in (None, self.classes) else _numbering(own, self.classes)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -89,7 +89,7 @@ class ImageView(Dataset):
         """The same samples, their classes numbered as in ``classes``, by name.
 
         Raises:
-            ValueError: there are samples of a class that is not among them.
+            ValueError: there are samples of a class that is not among them, or a name is there twice.
         """
         own = _own_classes(self.base)
         foreign = [name for name in own or self.classes if name not in set(map(str, classes))]
@@ -143,6 +143,22 @@ def _own_classes(base: Any) -> tuple[str, ...] | None:
             feature = base.reader.dataset.features.get(getattr(base.reader, "label_key", "label"))
             names = getattr(feature, "names", None)
     return None if names is None else tuple(str(name) for name in names)
+
+
+def _numbering(own: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """The number in ``classes`` of each of the dataset's own, -1 for one that is not there.
+
+    ValueError where a name is there twice: which of the two is meant, a name cannot say.
+    """
+    for whose, names in (("the data", own), ("the list of classes", classes)):
+        twice = sorted({name for name, count in Counter(names).items() if count > 1})
+        if twice:
+            raise ValueError(
+                f"{whose} has two classes called {twice[0]!r} (of {len(names)}), so labels cannot be matched by name; "
+                "give every class a name of its own."
+            )
+    numbers = {name: i for i, name in enumerate(classes)}
+    return [numbers.get(name, -1) for name in own]
 
 
 def _numbers(base: Any) -> list[str]:

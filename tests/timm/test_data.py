@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exit_plugins.timm.data import open_dataset, open_splits
+from exit_plugins.timm.data import ImageView, open_dataset, open_splits
 
 
 def make_folder(root: Path, splits: dict[str, int], classes=("ant", "bee")) -> Path:
@@ -143,6 +143,18 @@ def test_views_keep_their_classes_and_channels(tmp_path):
     assert half.name(1).endswith("bee/2.png")
     with pytest.raises(ValueError, match="1 or 3 channels, the model takes 4"):
         view.with_channels(4)
+
+
+def test_a_name_of_two_classes_matches_no_label(tmp_path):
+    view = open_dataset(str(make_folder(tmp_path, {"": 3})), "all")
+    for names in (("ant", "bee", "cow", "ant"), ("bee", "bee", "ant")):
+        with pytest.raises(ValueError, match="the list of classes has two classes called"):
+            view.with_classes(names)
+    view.base.classes = ("crane", "crane")
+    with pytest.raises(ValueError, match="the data has two classes called 'crane'"):
+        ImageView(view.base, classes=("crane", "bee"))
+    # Where nothing is matched by name, numbers tell the two apart (ImageNet has such).
+    assert {ImageView(view.base)[item][1] for item in range(6)} == {0, 1}
 
 
 def test_loose_images_are_no_class(tmp_path):
