@@ -28,6 +28,7 @@ from .images import EXTENSIONS, MODES, UnreadableImage, input_config, read_image
 
 __all__ = ["PREDICT_MODES", "UNSURE", "BatchPredictor", "Predictor", "SampleReader", "spoken_names"]
 
+_ANSWERS = ("class", "label", "confidence", "exit", "macs", "top", "error")  # columns of a BatchPredictor
 PREDICT_MODES = ("fused", "compiled", "onnx", "openvino")
 UNSURE = "unsure"
 
@@ -221,13 +222,17 @@ class BatchPredictor(Predictor):
 
         Args:
             batch: ``column`` with the bytes of each image, or a path where it holds text; every other column is handed
-                on.
+                on, and none of them may be called as an answer is.
 
         Returns:
             The other columns, and ``class`` (int64, -1 where there is no answer), ``label``, ``confidence`` (NaN where
             there is none), ``exit`` (from 1 on, 0 for an image that cannot be read), ``macs`` and ``error`` (empty, or
             what was wrong with the image).
+
+        Raises:
+            ValueError: the batch has no such ``column``, or others with the names of answers.
         """
+        self._check_columns(batch)
         files = list(batch[self.column])
         kept = {name: np.asarray(values) for name, values in batch.items() if name != self.column}
         names = kept.get("path", [None] * len(files))
@@ -253,6 +258,17 @@ class BatchPredictor(Predictor):
                 if value is not None:
                     answers[name][place] = value
         return {**kept, **answers, "error": np.array(errors, object)}
+
+    def _check_columns(self, batch: Mapping[str, Sequence[Any]]) -> None:
+        if self.column not in batch:
+            raise ValueError(f"the batch has no column {self.column!r}, it has {', '.join(batch)}; give column=NAME.")
+        answers = [name for name in _ANSWERS if name != "top" or self.top_k > 1]
+        taken = [name for name in batch if name in answers and name != self.column]
+        if taken:
+            raise ValueError(
+                f"the batch has columns that are called as answers are and would be lost: {', '.join(taken)}; rename "
+                "or drop them first (in Ray Data: rename_columns, drop_columns)."
+            )
 
 
 def _encoded(file: Any) -> str | bytes:

@@ -78,6 +78,16 @@ def test_columns_of_paths_of_structs_and_of_nothing(batch, tmp_path):
     assert len(predictor({"image": []})["class"]) == 0
 
 
+def test_columns_called_as_answers_are_refused_and_named(batch):
+    predictor = BatchPredictor(SHIPPED, device="cpu")
+    with pytest.raises(ValueError, match="would be lost: label, error; rename or drop them"):
+        predictor({**batch, "label": [0] * 12, "error": [""] * 12})
+    with pytest.raises(ValueError, match="no column 'bytes', it has path"):
+        predictor({"path": batch["path"]})
+    # The column of the images is handed on to nobody.
+    assert len(BatchPredictor(SHIPPED, column="label", device="cpu")({"label": batch["bytes"]})["label"]) == 12
+
+
 def test_reject_counts_the_last_exit_alone(batch, tmp_path):
     policy, exits, _, confidence = expected(batch, [0.8, np.inf, np.inf, np.inf, 0])
     policy.save(tmp_path / "p.json")
