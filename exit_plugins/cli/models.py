@@ -18,7 +18,7 @@ from torch import nn
 
 from ..exits.policy import ExitPolicy
 from ..exits.protocol import AnyModel, MultiExitModule, check_multi_exit
-from ..exits.reading import reading
+from ..exits.reading import reading, text_lines
 from ..exits.schema import plain
 from ..exits.table import ExitTable
 from ..timm import list_shipped, shipped_card
@@ -200,7 +200,7 @@ def _card_facts(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     else:
         return []
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = json.loads(path.read_text(encoding="utf-8-sig"))
         facts = {
             "architecture": card["architecture"],
             "num_classes": card["num_classes"],
@@ -350,7 +350,7 @@ def class_names_of(args: argparse.Namespace) -> list[str] | None:
         return None
     if Path(given).is_file():
         with reading(given, "list of class names", "write one name a line, in UTF-8"):
-            lines = Path(given).read_text(encoding="utf-8").splitlines()
+            lines = text_lines(given)
         return [line.strip() for line in lines if line.strip()]
     return list(class_names(open_dataset(given, ("train", "validation", "test"), args.data_dir)))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["UnreadableFile", "reading", "strict_json"]
+__all__ = ["UnreadableFile", "reading", "strict_json", "text_lines"]
 
 
 class UnreadableFile(ValueError):
@@ -69,10 +69,15 @@ def _cause(error: Exception, path: Path) -> str:
     return first if plain else f"{type(error).__name__}{': ' if first else ''}{first}"
 
 
+def text_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Lines of a text that people write: UTF-8, with or without the byte-order mark that some editors begin with."""
+    return Path(path).read_text(encoding="utf-8-sig").splitlines()
+
+
 def strict_json(text: str | bytes) -> Any:
     """The value of a JSON document; ValueError where a key comes twice or a number is NaN or infinite."""
     if isinstance(text, bytes):
-        text = text.decode("utf-8")
+        text = text.decode("utf-8-sig")
     try:
         return json.loads(
             text, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite_number

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from ..exits.reading import text_lines
 from .images import EXTENSIONS, MODES, UnreadableImage, read_image
 
 __all__ = [
@@ -220,13 +221,13 @@ class FrameLists(Dataset):
             raise FileNotFoundError(f"no list of clips at {list_file}.")
         self.samples = [
             _parse(line, f"{list_file}, line {number}")
-            for number, line in enumerate(list_file.read_text().splitlines(), 1)
+            for number, line in enumerate(text_lines(list_file), 1)
             if line.strip()
         ]
         if not self.samples:
             raise ValueError(f"{list_file} lists no clips.")
         if isinstance(classes, (str, Path)):
-            classes = [line.strip() for line in Path(classes).read_text().splitlines() if line.strip()]
+            classes = [line.strip() for line in text_lines(classes) if line.strip()]
         count = 1 + max(target for _, _, target in self.samples)
         self.classes = tuple(classes) if classes is not None else tuple(map(str, range(count)))
         if len(self.classes) < count:

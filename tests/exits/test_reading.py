@@ -3,7 +3,7 @@ import zlib
 
 import pytest
 
-from exit_plugins.exits.reading import reading, strict_json
+from exit_plugins.exits.reading import reading, strict_json, text_lines
 
 
 class FromElsewhere(Exception):
@@ -56,3 +56,10 @@ def test_json_that_readers_disagree_about_is_refused(text):
 def test_json_is_read_as_it_is_elsewhere():
     text = '{"a": [1, 2.5, null, true, "\\u00e9"], "b": {"c": -1e-3}}'
     assert strict_json(text) == json.loads(text) == strict_json(text.encode())
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    """Some editors begin every text in UTF-8 with one."""
+    (tmp_path / "names.txt").write_text("ant\nb\u00eate\n", encoding="utf-8-sig")
+    assert text_lines(tmp_path / "names.txt") == ["ant", "b\u00eate"]
+    assert strict_json('{"a": 1}'.encode("utf-8-sig")) == {"a": 1}
