@@ -226,21 +226,31 @@ def add_cost_arguments(parser: argparse.ArgumentParser, several: bool = False) -
 
 
 _AMOUNT = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|[kKMGT]?|ms|us|s)", re.IGNORECASE)
+_UNITS = {"s": {"ms": 1e-3, "us": 1e-6, "s": 1.0}, "MACs": {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}}
+_HINTS = {"s": "in seconds: 0.012, 12ms, 800us", "MACs": "in MACs: 0.4e9, 400M, 0.4G"}
 
 
-def parse_budget(text: str, costs: NDArray[Any]) -> float:
-    """``0.4e9``, ``400M``, ``0.4G``, ``12ms``, or ``60%`` of the last exit's cost."""
+def parse_budget(text: str, costs: NDArray[Any], unit: str) -> float:
+    """A number of ``unit`` ("MACs" or "s", what ``costs`` are in), or ``60%`` of the last exit's cost.
+
+    ValueError for another unit: MACs in seconds, or the other way round, are a budget that means nothing.
+    """
     match = _AMOUNT.fullmatch(text.strip())
     try:
         value = float(match[1]) if match else float(text)
     except ValueError:
         raise ValueError(f"{text!r} is not a budget; write 0.4e9, 400M, 0.4G, 12ms or 60%.") from None
-    unit = match[2] if match else ""
-    if unit == "%":
+    suffix = match[2].lower() if match else ""
+    if suffix == "%":
         value *= float(costs[-1]) / 100
-    else:
-        times = {"ms": 1e-3, "us": 1e-6, "s": 1.0, "": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-        value *= times[unit.lower()]
+    elif suffix:
+        if suffix not in _UNITS[unit]:
+            cost = "--cost macs, the default" if unit == "MACs" else "--cost latency"
+            raise ValueError(
+                f"the budget {text!r} is not in the unit of {cost}; write it {_HINTS[unit]}, or as 60% of the last "
+                "exit's cost, or give the other --cost."
+            )
+        value *= _UNITS[unit][suffix]
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"a budget is a positive, finite cost, got {text!r}.")
     return value

@@ -17,7 +17,7 @@ from ..timm.data import ImageView
 from .common import open_data, start_processes
 from .models import Classifier, data_config, known_model, match_classes, model_classes, open_model
 from .modes import open_mode
-from .tables import check_table, collect
+from .tables import check_images, check_table, collect
 
 
 @dataclass
@@ -74,15 +74,14 @@ class Inputs:
         return collect(self.model, data, self.args, self.config, self.table.measure, split=split)[0]
 
 
-def open_inputs(
-    args: argparse.Namespace, policy: ExitPolicy | None = None, as_policy: bool = True, with_images: bool = False
-) -> Inputs:
+def open_inputs(args: argparse.Namespace, policy: ExitPolicy | None = None, as_policy: bool = True) -> Inputs:
     """The table in ``--table``, or that of the images of ``--data``, written to ``--save-table`` where there is one.
+
+    Where both are given they must be of the same images.
 
     Args:
         policy: what it says of the model counts too.
         as_policy: take confidences as the policy does, where the arguments do not say how.
-        with_images: open the images of ``--data`` beside ``--table`` as well.
 
     Raises:
         ValueError: neither of the two is given, or arguments, policy, table and images do not belong together.
@@ -92,7 +91,7 @@ def open_inputs(
     start_processes(args)
     table = ExitTable.load(args.table) if args.table else None
     known = known_model(args, policy, table)
-    data, names = open_data(args) if args.data and (table is None or with_images) else (None, ())
+    data, names = open_data(args) if args.data else (None, ())
     model = open_model(args, known, num_classes=len(names) or None, needs_weights=table is None)
     config = data_config(args, model, known)
     data = match_classes(data, model, known)
@@ -107,8 +106,6 @@ def open_inputs(
     if args.measure and table.measure != args.measure:
         table = table.with_confidence(args.measure)
     images = data if isinstance(data, ImageView) else None
-    if images is not None and len(images) != table.num_samples:
-        raise ValueError(
-            f"{args.table} holds {table.num_samples} samples and the data {len(images)}; they must be the same."
-        )
+    if args.table and images is not None:
+        check_images(table, images, config, args.table)
     return Inputs(args, model, known, config, table, images)

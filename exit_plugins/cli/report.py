@@ -83,7 +83,7 @@ def outputs(args: argparse.Namespace) -> list[Output]:
 
 def run(args: argparse.Namespace) -> int:
     policy = ExitPolicy.load(args.policy) if args.policy else None
-    inputs = open_inputs(args, policy, as_policy=False, with_images=True)
+    inputs = open_inputs(args, policy, as_policy=False)
     inputs, solving = _apart(args, inputs)
     if not is_main():
         return 0

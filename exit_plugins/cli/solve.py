@@ -118,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """ValueError for options that mean nothing together."""
+    if args.budget is not None:  # what it comes to is known when costs are
+        parse_budget(args.budget, np.ones(1), "s" if args.cost == "latency" else "MACs")
     if len(args.cost_batch) == 1:
         return
     if args.cost != "latency" or args.certify:
@@ -184,7 +186,7 @@ def _solved(
         costs = profile.full_batches()
     target: dict[str, Any] = {}
     if args.budget is not None:
-        target["budget"] = parse_budget(args.budget, costs)
+        target["budget"] = parse_budget(args.budget, costs, "MACs" if profile is None else "s")
     elif args.drop is not None:
         target["accuracy"] = max(0.0, float(table.correct[-1].mean()) - args.drop)
     else:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ..exits.collecting import collect_exits
+from ..exits.digests import sample_digests
 from ..exits.policy import ExitPolicy, check_same_confidence, check_same_model, describe_model
 from ..exits.table import ExitTable
 from ..timm.data import ImageView
@@ -19,6 +20,7 @@ from ..timm.images import UnreadableImage
 from .common import is_main, transformed
 from .models import Classifier
 
+_COMPARED = 8  # images of a data set that is given beside a table
 _UNREADABLE = torch.iinfo(torch.int64).min  # target of an image that could not be read
 
 
@@ -127,6 +129,42 @@ def check_table(table: ExitTable, model: Classifier) -> None:
     if highest >= model.num_classes or table.target.min(initial=0) < 0:
         wrong = highest if highest >= model.num_classes else table.target.min()
         raise ValueError(f"the table holds class {wrong} and the model has classes 0 to {model.num_classes - 1}.")
+
+
+def check_images(table: ExitTable, images: ImageView, config: dict[str, Any], name: str) -> None:
+    """ValueError unless the table, ``name`` of its file, is of these images.
+
+    There must be as many, and some of them, the first and the last too, are compared: what the network was given of
+    them, under the preprocessing that the table records, and their classes. ``config`` is the model's, where the table
+    records none.
+    """
+    about = table.about or {}
+    origin = ", ".join(f"{key} {about[key]}" for key in ("data", "split", "holdout") if about.get(key))
+    remedy = f"give the --data and --split it was made from{f' ({origin})' if origin else ''}, or leave out --data"
+    if len(images) != table.num_samples:
+        raise ValueError(f"{name} holds {table.num_samples} samples and the data {len(images)}; {remedy}.")
+    places = np.unique(np.linspace(0, len(images) - 1, _COMPARED).astype(int))
+    view = transformed(images.subset(places), _recorded(about, config))
+    for number, place in enumerate(places):
+        pixels, target = view[number]
+        same = table.sample is None or sample_digests(pixels[None])[0] == table.sample[place]
+        if not same or target != table.target[place]:
+            of_class = " of its class" if same else ""
+            raise ValueError(
+                f"{name} is of other images than the data: its number {place + 1} is not {images.name(place)}"
+                f"{of_class}; {remedy}."
+            )
+
+
+def _recorded(about: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The preprocessing a table was made under, as far as it says."""
+    try:
+        said = json.loads(about.get("transform") or "{}")
+    except ValueError:  # in words of somebody's own
+        said = {}
+    said = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items() if key in config}
+    size = about.get("input_size")
+    return {**config, **said, **({"input_size": tuple(size)} if size else {})}
 
 
 def check_weights(policy: ExitPolicy, weights: str | None, force: bool) -> None:

@@ -170,6 +170,11 @@ def test_solve_meets_each_kind_of_goal(folder, capsys, tmp_path):
 
 
 def test_solve_for_latency_takes_budgets_in_time(folder, capsys, tmp_path):
+    words = ["solve", MODEL, "--num-classes", "10", "--table", str(folder / "table.npz"), "--cost", "latency"]
+    for budget in ("6M", "0.4G"):
+        assert main([*words, "--budget", budget]) == 2
+        said = capsys.readouterr().err
+        assert f"{budget!r} is not in the unit of --cost latency; write it in seconds: 0.012, 12ms" in said
     found = run_json(
         capsys, "solve", MODEL, "--num-classes", 10, "--table", folder / "table.npz",
         "--cost", "latency", "--budget", "100%", "-o", tmp_path / "p.json",
@@ -263,7 +268,12 @@ def test_errors_are_one_line_without_a_traceback(words, message, capsys):
 
 def test_budget_errors_are_one_line_too(folder, capsys):
     common = ["solve", MODEL, "--num-classes", "10", "--table", str(folder / "table.npz")]
-    for budget, message in (("5%", "least possible mean cost"), ("lots", "'lots' is not a budget")):
+    for budget, message in (
+        ("5%", "least possible mean cost"),
+        ("lots", "'lots' is not a budget"),
+        ("6000000s", "'6000000s' is not in the unit of --cost macs"),
+        ("12 ms", "write it in MACs: 0.4e9, 400M"),
+    ):
         assert main([*common, "--budget", budget]) == 2
         assert message in capsys.readouterr().err
 

@@ -88,6 +88,13 @@ def test_a_test_split_without_a_class_is_scored_by_names(images, checkpoint, pol
     assert "has the class 'dog', which the model does not know" in capsys.readouterr().err
 
 
+def test_names_that_an_editor_began_with_a_byte_order_mark(images, checkpoint, policy_file, capsys, tmp_path):
+    (tmp_path / "names.txt").write_text("first\nsecond\nthird\n", encoding="utf-8-sig")
+    words = ["--policy", policy_file, "--checkpoint", checkpoint, "--class-names", tmp_path / "names.txt"]
+    found = run_json(capsys, "predict", images / "test", *words)
+    assert {row["label"] for row in found if row["class"] == 0} == {"first"}
+
+
 def test_class_names_travel_in_the_policy_and_are_printed(images, checkpoint, policy_file, capsys):
     assert ExitPolicy.load(policy_file).model["classes"] == list(NAMES)
     found = run_json(capsys, "predict", images / "test", "--policy", policy_file, "--checkpoint", checkpoint)
@@ -166,6 +173,28 @@ def test_a_table_brings_its_model_and_refuses_another(policy_file, capsys, tmp_p
         assert says in capsys.readouterr().err
     assert run("solve", "chase_test", *words[2:]) == 2
     assert "the table was made for architecture msdnet_test and the model has chase_test" in capsys.readouterr().err
+
+
+def test_a_table_and_the_data_beside_it_are_of_the_same_images(images, checkpoint, policy_file, capsys, tmp_path):
+    table = tmp_path / "t.npz"
+    made = ["evaluate", MODEL, "--checkpoint", checkpoint, "--policy", policy_file, "--data", images, "--crop-pct", 0.8]
+    assert run(*made, "--split", "test", "--save-table", table) == 0
+    beside = ["--table", table, "--data", images, "--limit", 30]  # of the 60 in val
+    for command in (
+        ["report", MODEL, "--budgets", 2, "-o", tmp_path / "r.html"],
+        ["solve", MODEL, "--budget", "80%", "-o", tmp_path / "p.json"],
+        ["evaluate", MODEL],
+    ):
+        assert run(*command, *beside, "--split", "test") == 0
+        capsys.readouterr()
+        assert run(*command, *beside, "--split", "val") == 2
+        said = capsys.readouterr().err
+        assert "is of other images than the data: its number 1 is not" in said and "split test" in said
+    # A table without digests is known by its classes.
+    bare = ExitTable.load(table)
+    ExitTable(bare.confidence, bare.prediction, np.roll(bare.target, 1), about=bare.about).save(table)
+    assert run("evaluate", MODEL, *beside, "--split", "test") == 2
+    assert "of its class; give the --data" in capsys.readouterr().err
 
 
 def test_a_table_that_knows_nothing_is_measured_by_its_contents(capsys, tmp_path):
