@@ -17,7 +17,15 @@ from pathlib import Path
 
 import torch
 from mmdet.apis import DetInferencer
+from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 from mmengine.config import Config, DictAction
+
+
+def images_of(path: Path) -> list[Path]:
+    """The image, or those lying in the folder, by name."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in IMG_EXTENSIONS)
 
 
 def main() -> None:
@@ -33,13 +41,17 @@ def main() -> None:
     for path in (args.image, args.checkpoint):
         if not path.exists():
             parser.error(f"there is no {path}")
+    images = images_of(args.image)
+    if not images:
+        parser.error(f"no images in {args.image}: expected files ending in {', '.join(IMG_EXTENSIONS)}")
 
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options)
     detector = DetInferencer(model=config, weights=str(args.checkpoint), device=args.device, show_progress=False)
-    results = detector(str(args.image), out_dir=str(args.output), pred_score_thr=args.threshold)
+    # Of a folder the inferencer would take its own selection in the order of the file system.
+    names = [str(image) for image in images]
+    results = detector(names, out_dir=str(args.output), pred_score_thr=args.threshold)
 
-    images = sorted(args.image.iterdir()) if args.image.is_dir() else [args.image]
     classes = detector.visualizer.dataset_meta["classes"]
     for image, found in zip(images, results["predictions"], strict=True):
         boxes = zip(found["scores"], found["labels"], found["bboxes"], strict=True)

@@ -19,6 +19,7 @@ import exit_plugins  # noqa: F401  registers the models
 
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 CONFIG = Path(__file__).parents[2] / "mm_configs" / "bccd" / "retinanet_dynperceiver_regnety_400mf_fpn_bccd_small.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "detect.py"
 OPTIONS = {
     "model.backbone.arch": "dynperceiver_test",
     "model.neck.in_channels": [24, 40, 64, 96],
@@ -130,9 +131,44 @@ def test_flops_script_counts(run_here) -> None:
 def test_example_detects(trained: Path, shapes: Path, run_here, tmp_path: Path) -> None:
     image = shapes / "images" / "test_0.jpg"
     arguments = ("--config", CONFIG, "--checkpoint", trained / "epoch_2.pth", "--output", tmp_path)
-    log = run_here(Path(__file__).parents[2] / "examples" / "detect.py", image, *arguments)
+    log = run_here(SCRIPT, image, *arguments)
     assert "test_0.jpg: " in log
     assert (tmp_path / "vis" / "test_0.jpg").is_file()
+
+
+def test_example_prints_of_every_image_in_a_folder_what_it_prints_of_that_image(
+    shapes: Path, run_here, tmp_path: Path
+) -> None:
+    config = Config.fromfile(CONFIG)
+    config.merge_from_dict({key: value for key, value in OPTIONS.items() if key.startswith("model.")})
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(config.model)
+    torch.nn.init.normal_(model.bbox_head.retina_cls.weight, std=0.3)  # so that images differ in what is found
+    classes = {"classes": ("RBC", "WBC", "Platelets"), "palette": [(1, 2, 3), (4, 5, 6), (7, 8, 9)]}
+    torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": classes}}, tmp_path / "detector.pth")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no image")
+    for name, source in zip("dbeac", sorted((shapes / "images").iterdir()), strict=False):
+        with Image.open(source) as picture:
+            picture.save(folder / f"{name}.png" if name != "e" else folder / "e.PNG")
+
+    def said(path: Path) -> dict[str, list[str]]:
+        options = ("--config", CONFIG, "--checkpoint", tmp_path / "detector.pth", "--output", tmp_path / "out")
+        log = run_here(SCRIPT, path, *options, "--threshold", 0.5)
+        blocks: dict[str, list[str]] = {}
+        for line in log.splitlines():
+            if " boxes with a score" in line:
+                blocks[line.partition(":")[0]] = lines = [line]
+            elif blocks and line.startswith("  ") and " at " in line:
+                lines.append(line)
+        return blocks
+
+    together = said(folder)
+    assert list(together) == ["a.png", "b.png", "c.png", "d.png", "e.PNG"]
+    assert len({tuple(lines[1:]) for lines in together.values()}) > 1
+    assert all(together[name] == said(folder / name)[name] for name in ("a.png", "b.png", "e.PNG"))
 
 
 def test_losses_under_bfloat16(shapes: Path) -> None:
