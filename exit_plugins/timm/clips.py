@@ -6,7 +6,7 @@ tensor (T, C, H, W) of them, with the same crop and flip on every frame.
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -60,15 +60,21 @@ class _Frames(Sequence[Image.Image]):
     def __getitem__(self, index: slice) -> list[Image.Image]: ...
 
     def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
-        found = range(len(self))[index]
-        return self.take([found])[0] if isinstance(found, int) else self.take(found)
+        if isinstance(index, slice):
+            return _choose(self, lambda length: range(length)[index])
+        return _choose(self, lambda length: [range(length)[index]])[0]
 
 
 class VideoFile(_Frames):
     """The frames of a video file, decoded by PyAV (the extra ``video``) when asked for.
 
     ``take`` decodes from the start to the last frame asked for, once, and keeps no other: exact in every container, and
-    quick for the seconds-long clips that are classified.
+    quick for the seconds-long clips that are classified. Frames are upright, as players show them: the rotation that a
+    telephone writes beside the pictures is applied.
+
+    The length is the number of packets, and where fewer frames than packets come out of a file that ends without an
+    error (an edit list hides some, or a cut left some without what they build on), the number of these frames, from
+    the first ``take`` that meets it.
 
     Raises, when read:
         ImportError: PyAV is not installed.
@@ -94,20 +100,25 @@ class VideoFile(_Frames):
     def __iter__(self) -> Iterator[Image.Image]:
         with self._opened() as (container, stream):
             for frame in container.decode(stream):
-                yield frame.to_image()
+                yield _upright(frame)
 
     def take(self, indices: Sequence[int]) -> list[Image.Image]:
         wanted = {int(index) for index in indices}
         found: dict[int, Image.Image] = {}
+        count = 0
         with self._opened() as (container, stream):
             for index, frame in enumerate(container.decode(stream)):
+                count = index + 1
                 if index in wanted:
-                    found[index] = frame.to_image()
+                    found[index] = _upright(frame)
                     if len(found) == len(wanted):
                         break
         if len(found) < len(wanted):
             missing = max(wanted - found.keys())
-            raise UnreadableClip(f"{self.path} breaks off: it has no frame {missing}; copy or cut it anew.")
+            self._length = count or None
+            raise UnreadableClip(
+                f"{self.path} breaks off: it has no frame {missing}, {count} can be decoded; copy or cut it anew."
+            )
         return [found[int(index)] for index in indices]
 
     @contextmanager
@@ -146,6 +157,28 @@ class FrameFolder(_Frames):
     def take(self, indices: Sequence[int]) -> list[Image.Image]:
         numbers = range(1, 1 + self.length)
         return [read_image(self.folder / self.template.format(numbers[index])) for index in indices]
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A decoded frame as players show it."""
+    image: Image.Image = frame.to_image()
+    turned = {
+        90: Image.Transpose.ROTATE_90,
+        180: Image.Transpose.ROTATE_180,
+        270: Image.Transpose.ROTATE_270,
+    }.get(round(frame.rotation) % 360)
+    return image if turned is None else image.transpose(turned)
+
+
+def _choose(clip: Sequence[Image.Image], choice: Callable[[int], Sequence[int]]) -> list[Image.Image]:
+    """The frames at ``choice(length)``; a second time where reading shows that the clip is shorter than it seemed."""
+    length = len(clip)
+    try:
+        return _take(clip, choice(length))
+    except UnreadableClip:
+        if len(clip) == length:
+            raise
+    return _take(clip, choice(len(clip)))
 
 
 def _take(clip: Sequence[Image.Image], indices: Sequence[int]) -> list[Image.Image]:
@@ -394,7 +427,7 @@ class ClipTransform:
         return cls(num_frames, tuple(size), training, **shared, **kwargs)
 
     def __call__(self, clip: Sequence[Image.Image]) -> Tensor:
-        indices = sample_frames(len(clip), self.num_frames, self.training)
-        frames = [np.array(frame.convert(self.mode)) for frame in _take(clip, indices.tolist())]
+        taken = _choose(clip, lambda length: sample_frames(length, self.num_frames, self.training).tolist())
+        frames = [np.array(frame.convert(self.mode)) for frame in taken]
         stacked = torch.from_numpy(np.stack(frames))
         return self.pixels(stacked.permute(0, 3, 1, 2) if stacked.ndim == 4 else stacked[:, None])

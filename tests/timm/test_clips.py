@@ -1,6 +1,7 @@
 """Clips from files: what is decoded, listed, sampled and cropped, and what is said of files that are broken."""
 
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,21 @@ def grey(level: int, size: tuple[int, int] = (64, 48)) -> np.ndarray:
     return np.full((size[1], size[0], 3), level, np.uint8)
 
 
-def write_video(path: Path, levels: list[int], size: tuple[int, int] = (64, 48)) -> Path:
-    """A video whose frame i is grey of ``levels[i]``."""
+def write_video(
+    path: Path,
+    levels: list[int],
+    size: tuple[int, int] = (64, 48),
+    picture: np.ndarray | None = None,
+    codec: str = "mpeg4",
+) -> Path:
+    """A video whose frame i is grey of ``levels[i]``, or ``picture``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+        stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for level in levels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(level, size), format="rgb24")))
+            pixels = grey(level, size) if picture is None else picture
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return path
 
@@ -55,6 +63,59 @@ def test_frames_of_a_video_file_are_those_written(tmp_path, ending):
     assert levels(clip.take([3, 20, 3])) == pytest.approx([30, 200, 30], abs=4)
     assert levels([clip[-1]]) == pytest.approx([220], abs=4)
     assert len(pickle.loads(pickle.dumps(clip))) == 23  # as a loader's worker gets it
+
+
+@pytest.mark.parametrize(
+    ("matrix", "place"),
+    [
+        ((1, 0, 0, 1), lambda x, y, w, h: (x, y)),
+        ((0, 1, -1, 0), lambda x, y, w, h: (h - 1 - y, x)),
+        ((-1, 0, 0, -1), lambda x, y, w, h: (w - 1 - x, h - 1 - y)),
+        ((0, -1, 1, 0), lambda x, y, w, h: (y, w - 1 - x)),
+    ],
+    ids=["landscape", "portrait", "upside down", "other portrait"],
+)
+def test_frames_are_upright(tmp_path, matrix, place):
+    """``matrix``: (a, b, c, d) of the track header, by which (x, y) is shown at (a x + c y, b x + d y), moved back."""
+    pixels = grey(20)
+    pixels[:24, :32] = 200  # top left
+    path = write_video(tmp_path / "a.mp4", [20] * 3, picture=pixels)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    a, b, c, d = (65536 * value for value in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30)
+    path.write_bytes(content)
+    clip = VideoFile(path)
+    shown = np.asarray(clip[1].convert("L"), float)
+    assert shown.shape == ((64, 48) if matrix[0] == 0 else (48, 64))
+    for x, y in [(8, 8), (56, 8), (8, 40), (56, 40)]:
+        right, down = place(x, y, 64, 48)
+        assert shown[down, right] == pytest.approx(pixels[y, x, 0], abs=6)
+    assert [frame.size for frame in clip] == [clip[0].size] * 3
+
+
+def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", [10 * i for i in range(20)], codec="libx264")
+    shift = 8
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        stream = cut.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                step = packet.duration
+                packet.pts, packet.dts, packet.stream = packet.pts - shift * step, packet.dts - shift * step, stream
+                cut.mux(packet)
+    clip = VideoFile(tmp_path / "cut.mp4")
+    kept = levels(list(clip))
+    assert len(kept) < len(clip)  # there are packets that give no frame
+    assert levels([clip[-1]]) == kept[-1:]
+    assert len(clip) == len(kept)
+    with pytest.raises(IndexError):
+        clip[len(kept)]
+    # Sampled as a clip of so many frames from the start.
+    transform = ClipTransform(4, (3, 32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+    expected = [kept[i] for i in sample_frames(len(kept), 4)]
+    frames = transform(VideoFile(tmp_path / "cut.mp4"))
+    assert (255 * frames.mean((1, 2, 3))).tolist() == pytest.approx(expected, abs=1)
 
 
 def test_broken_and_missing_videos_are_named(tmp_path):
