@@ -176,11 +176,12 @@ class FrameStream:
         window: frames in the mean, 1 for each frame's own logits; by default the model's ``num_frames``.
 
     ``stream(frame)`` takes a frame (C, H, W) or (1, C, H, W) and returns an ExitOutput of one sample; ``reset()``
-    starts another clip.
+    starts another clip. A frame that is refused, or on which the model fails, leaves the stream as it was.
 
     Raises:
         TypeError: the model takes no clips.
-        ValueError: its shift looks at the next frame, or the policy is for another model.
+        ValueError: its shift looks at the next frame, or the policy is for another model; of a frame, that it is not
+            one, or of another shape than the frames before it.
     """
 
     def __init__(self, model: nn.Module, policy: ExitPolicy, window: int | None = None) -> None:
@@ -197,19 +198,33 @@ class FrameStream:
     def reset(self) -> None:
         """Forget the frames so far."""
         self.frames.reset()
+        self.shape: torch.Size | None = None
         self.memories: list[dict[str, Tensor]] = [{} for _ in self.shifts]
 
     def __call__(self, frame: Tensor) -> ExitOutput:
         frame = frame[None] if frame.ndim == 3 else frame
-        if len(frame) != 1:
+        if frame.ndim != 4 or len(frame) != 1:
             raise ValueError(f"a stream takes one frame (1, C, H, W) at a time, got shape {tuple(frame.shape)}.")
+        if self.shape is not None and frame.shape != self.shape:
+            raise ValueError(
+                f"got a frame of shape {tuple(frame.shape[1:])} after frames of {tuple(self.shape[1:])}; resize it, or "
+                "call reset() where another clip begins."
+            )
+        # The frame's own copies: what it leaves behind counts only once it has got through.
+        memories, said = [dict(memory) for memory in self.memories], self.frames.said
+        self.frames.said = [deque(logits, self.frames.window) for logits in said]
         try:
-            for shift, memory in zip(self.shifts, self.memories, strict=True):
+            for shift, memory in zip(self.shifts, memories, strict=True):
                 shift.memory = memory
-            return self.adaptive(frame)
+            output = self.adaptive(frame)
+        except BaseException:
+            self.frames.said = said
+            raise
         finally:
             for shift in self.shifts:
                 shift.memory = None
+        self.memories, self.shape = memories, frame.shape
+        return output
 
 
 class _StreamedNetwork(FrameNetwork):

@@ -226,6 +226,29 @@ def test_a_stream_leaves_early_frame_by_frame():
         FrameStream(perceivers()[0], policy)
 
 
+@torch.no_grad()
+def test_a_frame_that_does_not_get_through_leaves_the_stream_as_it_was():
+    _, video = perceivers(num_frames=4, online=True)
+    policy = ExitPolicy([float("inf")] * 3 + [0])
+    frames = torch.randn(4, 3, 64, 64)
+    expected = [FrameStream(video, policy)] * 4
+    expected = [stream(frame).logits for stream, frame in zip(expected, frames, strict=True)]
+    stream = FrameStream(video, policy)
+    said = [stream(frame).logits for frame in frames[:2]]
+    for bad in (torch.randn(3, 96, 64), torch.randn(64, 64), torch.randn(1, 64, 64), torch.randn(3, 32, 32)):
+        with pytest.raises(ValueError, match="after frames of|one frame"):
+            stream(bad)
+    late = video.get_classifier()[-1] if isinstance(video.get_classifier(), nn.ModuleList) else video.get_classifier()
+    handle = late.register_forward_hook(lambda *_: 1 / 0)  # fails behind every shift
+    with pytest.raises(ZeroDivisionError):
+        stream(torch.randn(3, 64, 64))
+    handle.remove()
+    said += [stream(frame).logits for frame in frames[2:]]
+    assert all(map(torch.equal, said, expected))
+    stream.reset()
+    assert stream(torch.randn(3, 96, 64)).logits.shape == (1, 5)  # another clip may be of another size
+
+
 def test_training_moves_every_parameter():
     model = timm.create_model("tsm_dynperceiver_test", num_classes=5, num_frames=2).train()
     sum(logits.square().mean() for logits in model(torch.randn(3, 2, 3, 64, 64))).backward()
