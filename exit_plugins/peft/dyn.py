@@ -16,17 +16,17 @@ from torch import nn
 from .._modules import ModuleList
 from ..exits.clips import over_clips
 from ..exits.files import atomic_folder
-from ._host import HostModel, NoMatchingPeftModuleError, method_of
+from ._host import HostModel, NoMatchingPeftModuleError, is_tuner_layer, method_of
 from .card import update_card
 from .dyn_config import DynConfig
 from .dyn_training import DynTraining, exit_criterion
 from .families import Family, find_family
-from .fitting import check_backbone, check_dilations, check_method, last_classifier, save_classifiers
+from .fitting import check_backbone, check_dilations, check_fresh, check_method, last_classifier, save_classifiers
 from .folders import HUB_ARGUMENTS, check_base, check_keys, read_exits, reading_folder, write_exits
 from .heads import EarlyHead, ExitHeads, widen_classifiers
 from .multi_exit import MultiExitBackbone
 from .precision import check_mergeable, halve_saved, single_saved
-from .schedule import set_dropout
+from .schedule import match_modes, set_dropout
 from .timm_family import TimmFamily, fill_targets, uncalled_adapters
 
 __all__ = ["DynConfig", "DynPeftModel", "get_dyn_peft_model"]
@@ -57,6 +57,7 @@ class DynPeftModel(DynTraining, PeftModel):
         **kwargs: Any,
     ) -> None:
         dyn_config = dyn_config or DynConfig()
+        check_fresh(model)
         family = find_family(model)
         check_method(peft_config)
         exit_after = check_backbone(model, family, dyn_config)
@@ -145,6 +146,7 @@ class DynPeftModel(DynTraining, PeftModel):
         self.dyn_config[adapter_name] = config
         self._cross_entropy[adapter_name] = exit_criterion(config)
         self._exit_after[adapter_name] = exit_after
+        match_modes(backbone, self.training)
         set_dropout(backbone, adapter_name, family.units(backbone), config.dropout_shallow, config.dropout_deep)
 
     def _check_adapted(self, family: Family) -> None:
@@ -265,10 +267,34 @@ class DynPeftModel(DynTraining, PeftModel):
         if self.exit_heads:
             self.set_adapter(self._active)
 
+    def _tuner_layers(self) -> list[HostModel]:
+        return [module for module in self.backbone.modules() if is_tuner_layer(module)]
+
+    def _check_merged(self, adapter_names: Sequence[str] | None) -> None:
+        """ValueError for other adapters than the one whose classifier and early heads the merged model answers by."""
+        if adapter_names is not None and list(adapter_names) != [self._active]:
+            raise ValueError(
+                f"adapter_names={list(adapter_names)}: an adapter is merged beneath its own classifier and early "
+                f"heads, and active is {self._active}. Call set_adapter(name) first and leave adapter_names out."
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As the tuner's ``merge_adapter``, for the active adapter; ``unmerge_adapter`` undoes it.
+
+        ValueError if other adapters are named: classifier and early heads would remain the active one's.
+        """
+        self._check_merged(adapter_names)
+        tuner: HostModel = self.base_model
+        tuner.merge_adapter(adapter_names, safe_merge)
+
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> MultiExitBackbone:
-        """Fold the adapter into the backbone and return a plain multi-exit module, with nothing of PEFT left in it."""
+        """Fold the adapter into the backbone and return a plain multi-exit module, with nothing of PEFT left in it.
+
+        ``adapter_names`` is there as PEFT has it; ValueError if it names others than the active adapter.
+        """
+        self._check_merged(adapter_names)
         heads, exit_after, token, training = self.early_heads, self.exit_after, self.token, self.training
         num_frames = self.dyn_config[self._active].num_frames
         check_mergeable(self.backbone, self.active_peft_config.peft_type.value)
@@ -302,10 +328,15 @@ class DynPeftModel(DynTraining, PeftModel):
             dataset: for the model card, what they were measured on.
 
         Raises:
-            ValueError: ``save_directory`` is a file.
+            ValueError: ``save_directory`` is a file, or no adapter is left to save.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder.")
+        if not self._tuner_layers():  # PEFT would write an empty file over the adapter that may lie there
+            raise ValueError(
+                "no adapter is left in this model: merge_and_unload() or unload() took them out of its backbone. Save "
+                "what merge_and_unload() returned, or save the adapter before."
+            )
         state_dict = kwargs.pop("state_dict", None)
         state_dict = self.state_dict() if state_dict is None else state_dict
         heads = {key: value for key, value in state_dict.items() if key.startswith("exit_heads.")}

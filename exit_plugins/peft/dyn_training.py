@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..exits import MultiExitLoss
 from .dyn_config import DynConfig
 from .exit_model import ExitModel
-from .fitting import last_classifier
+from .fitting import check_problem, last_classifier
 from .schedule import GradientMask, exit_weights
 
 __all__ = ["DynTraining", "exit_criterion"]
@@ -82,13 +82,16 @@ class DynTraining(ExitModel):
             target: class indices (B,) or probabilities (B, C).
 
         Raises:
-            ValueError: these are not the logits of all exits.
+            ValueError: these are not the logits of all exits, or the backbone's configuration asks for another loss
+                than cross-entropy and the model has no ``criterion`` for it.
         """
         if isinstance(outputs, Tensor) or len(outputs) != self.num_exits:
             raise ValueError(
                 f"expected the logits of all {self.num_exits} exits, as the model returns them in training mode or "
                 f"forward_exits does; got {'one tensor' if isinstance(outputs, Tensor) else len(outputs)}."
             )
+        if self._own_criterion is None:
+            check_problem(self.backbone)
         led = self._led and self._masked
         if self.training and not led and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._notice_unled_training()

@@ -10,7 +10,15 @@ from ._host import AuxiliaryTrainingWrapper, BaseTunerLayer, HostModel, method_o
 from .dyn_config import DynConfig
 from .family import Family
 
-__all__ = ["check_backbone", "check_dilations", "check_method", "last_classifier", "save_classifiers"]
+__all__ = [
+    "check_backbone",
+    "check_dilations",
+    "check_fresh",
+    "check_method",
+    "check_problem",
+    "last_classifier",
+    "save_classifiers",
+]
 
 # PEFT methods that are registered as the others are and cannot adapt an image classifier, and why.
 _UNFIT = {
@@ -44,6 +52,30 @@ def check_method(config: PeftConfig) -> None:
         )
     if config.task_type is not None:
         raise ValueError(f"task_type={config.task_type} is for language models; leave it out.")
+
+
+def check_fresh(model: nn.Module) -> None:
+    """ValueError if ``model`` holds adapters already: new ones would be saved without those they were trained over."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"this {type(model).__name__} holds adapters already ({name} is a {type(module).__name__}), which "
+                "would act on beneath the new ones and not be saved with them. Give a network without adapters: make "
+                "it anew, or take them out by unload() of the model they were made with. A further adapter is added by "
+                "add_adapter(name, config) of the adapted model."
+            )
+
+
+def check_problem(model: HostModel) -> None:
+    """ValueError if a transformers configuration says that labels are no classes, one an image."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"the backbone's config says problem_type={problem!r}, and early exits are trained by cross-entropy over "
+            "classes that exclude each other. Set config.problem_type to 'single_label_classification' if that is what "
+            "the labels are; otherwise give the model a loss of its own: model.criterion = ..., called with one exit's "
+            "logits (B, C) and the labels."
+        )
 
 
 def check_backbone(model: HostModel, family: Family, config: DynConfig) -> tuple[int, ...]:

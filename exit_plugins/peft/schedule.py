@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from ._host import is_tuner_layer
 
-__all__ = ["GradientMask", "exit_weights", "set_dropout"]
+__all__ = ["GradientMask", "exit_weights", "match_modes", "set_dropout"]
+
+# What PEFT calls dropout and is none of features: it drops blocks of the matrices that the weight is multiplied by.
+# Where its rate is 0 there stands an identity, as in every other method, so that only the name tells.
+_OF_WEIGHTS = ("boft_dropout", "oft_dropout")
 
 
 def exit_weights(
@@ -29,13 +33,28 @@ def exit_weights(
     return [low if index < num_exits // 2 else high for index in range(num_exits)]
 
 
+def match_modes(model: nn.Module, training: bool) -> None:
+    """Put what PEFT has added to the layers of ``model`` in the mode of the model around them.
+
+    New modules start in training mode, those of some methods in the mode of the layer they stand at; a backbone may be
+    in evaluation mode beneath a model in training, as transformers' ``from_pretrained`` gives it.
+    """
+    for layer in model.modules():
+        if is_tuner_layer(layer):
+            layer.training = training
+            for name, child in layer.named_children():
+                if name != "base_layer":
+                    child.train(training)
+
+
 def set_dropout(
     model: nn.Module, adapter_name: str, units: Sequence[str], shallow: float | None, deep: float | None
 ) -> int:
     """Set the dropout of an adapter in the first half of ``units`` and in the second (Dyn-Adapter, section 3.3).
 
-    Works on every PEFT method that keeps its dropout in a dictionary by adapter name. A rate of None leaves the
-    method's own. Returns how many layers were set; warns if there were none to set.
+    Works on every PEFT method that drops features and keeps that dropout in a dictionary by adapter name. A rate of
+    None leaves the method's own, and so is what drops parts of weights left, as in OFT and BOFT. Returns how many
+    layers were set; warns if there were none to set.
     """
     count, wanted, depth = 0, shallow is not None or deep is not None, -1
     for name, layer in model.named_modules():
@@ -49,14 +68,16 @@ def set_dropout(
         for child_name, child in layer.named_children():
             if not (child_name.endswith("dropout") and isinstance(child, nn.ModuleDict) and adapter_name in child):
                 continue
+            if child_name in _OF_WEIGHTS or not isinstance(child[adapter_name], nn.Dropout | nn.Identity):
+                continue
             count += 1
             if rate is not None:
                 # PEFT puts an identity where the rate is 0; a new dropout layer starts in training mode.
                 child[adapter_name] = nn.Dropout(rate).train(layer.training)
     if wanted and not count:
         warnings.warn(
-            "no layer of this PEFT method has dropout to set: dropout_shallow and dropout_deep have no effect. "
-            "Set both to None to say that this is meant.",
+            "no layer of this PEFT method has dropout of features to set: dropout_shallow and dropout_deep have no "
+            "effect. Set both to None to say that this is meant.",
             stacklevel=3,
         )
     return count
@@ -75,7 +96,8 @@ class GradientMask:
             distributed training and after resuming (set ``step``).
 
     ``attach(optimizer)`` makes it act from within ``optimizer.step()``: once for each real step, also under gradient
-    accumulation and gradient scaling, in any loop.
+    accumulation and gradient scaling, in any loop. Of ``step(closure)`` it masks what every call of the closure leaves,
+    by one draw.
     """
 
     def __init__(
@@ -106,7 +128,7 @@ class GradientMask:
             )
         self.detach()
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after()),
         ]
         return self
@@ -129,19 +151,37 @@ class GradientMask:
                 masks[index] = mask.view(parameters[index].shape)
         return [masks[index] for index in range(len(parameters))]
 
+    def _before(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Mask the gradients that are there, or have the step's closure mask those it makes."""
+        self._held.clear()  # of a step that failed
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._mask()
+            return None
+
+        def masked_closure() -> Any:
+            result = closure()
+            self._mask()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": masked_closure}
+        return (args[0], masked_closure, *args[2:]), kwargs
+
     @torch.no_grad()
-    def _before(self) -> None:
+    def _mask(self) -> None:
         parameters = [p for p in self.parameters if p.grad is not None]
-        if self.share and parameters:
+        # Some optimisers call their closure several times a step; what is held is what stood before the first.
+        if self.share and parameters and not self._held:
             for p, mask in zip(parameters, self.draw(parameters), strict=True):
                 if self.mode == "update":
                     self._held.append((p, mask, p.detach().clone()))
                 elif p.grad is not None:
                     p.grad.mul_(mask)
-        self.step += 1
 
     @torch.no_grad()
     def _after(self) -> None:
         for p, mask, before in self._held:
             p.copy_(torch.where(mask, p, before))
         self._held.clear()
+        self.step += 1

@@ -141,7 +141,6 @@ class AdapterModel(BaseTuner):
         layer = self.tuner_layer_cls(target, adapter_name)
         layer.update_layer(adapter_name, config, **settings)
         self._after_update(config, adapter_name, layer, target_name, parent)
-        layer.train(target.training)  # new dropout layers start in training mode whatever the model's
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

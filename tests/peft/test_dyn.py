@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -276,6 +277,46 @@ def test_a_method_without_dropout_is_told_so():
         make(peft.IA3Config(target_modules=["qkv"], feedforward_modules=[]))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.BOFTConfig(target_modules=["qkv"], boft_block_size=4, boft_dropout=0.2),
+        peft.OFTConfig(target_modules=["qkv"], oft_block_size=4),
+    ],
+    ids=["boft", "oft"],
+)
+def test_what_drops_blocks_of_weights_is_left_as_the_method_has_it(config):
+    plain = peft.get_peft_model(make_backbone("vit"), copy.deepcopy(config))
+    with pytest.warns(UserWarning, match="no effect"):
+        dyn = make(config)
+
+    def dropouts(model):
+        found = [(name, m) for name, m in model.named_modules() if name.endswith("dropout.default")]
+        return [(name, type(m), getattr(m, "p", None)) for name, m in found]
+
+    assert len(dropouts(plain)) == 4 and dropouts(dyn) == dropouts(plain)
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit"])
+@pytest.mark.parametrize("method", ["repadapter", "bottleneck", "lora"])
+def test_new_modules_are_in_the_mode_of_the_model_over_a_backbone_in_either(name, method):
+    layers = {"repadapter": ["fc1"], "bottleneck": ["fc2"], "lora": ["fc1"]}[method]
+    make_config = {"repadapter": RepAdapterConfig, "bottleneck": BottleneckConfig, "lora": LoraConfig}[method]
+    for mode in (False, True):
+        dyn = get_dyn_peft_model(make_backbone(name).train(mode), make_config(target_modules=layers), DynConfig())
+        assert dyn.training
+        assert [m.training for n, m in dyn.named_modules() if n.endswith("dropout.default")] == [True] * 4
+    # The adapter added later is in the mode of the model by then, with dropout of its own or the schedule's.
+    dyn.eval()
+    for rate, other in ((0.5, "other"), (None, "third")):
+        dyn.add_adapter(
+            other,
+            make_config(target_modules=["fc1", "fc2"]),
+            dyn_config=DynConfig(dropout_shallow=rate, dropout_deep=rate),
+        )
+    assert not any(module.training for module in dyn.modules())
+
+
 # Mask
 
 
@@ -317,6 +358,36 @@ def test_update_mode_holds_entries_still_under_adamw(mode):
             assert torch.equal(moved, expected)
         else:
             assert moved.all()  # weight decay and momentum move what the gradient leaves out
+
+
+@pytest.mark.parametrize("mode", ["gradient", "update"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_step_with_a_closure_moves_what_a_step_without_one_moves(mode, by_name):
+    torch.manual_seed(0)
+    start = torch.randn(400)
+    ways = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([p], lr=0.1) for p in ways]
+    masks = [GradientMask([p], 0.25, mode).attach(o) for p, o in zip(ways, optimizers, strict=True)]
+
+    def closure(p):
+        p.grad = None
+        loss = (p**3).sum()
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        closure(ways[0])
+        optimizers[0].step()
+        second = partial(closure, ways[1])
+        optimizers[1].step(closure=second) if by_name else optimizers[1].step(second)
+        assert [mask.step for mask in masks] == [step + 1] * 2
+    assert torch.equal(*ways) and not torch.equal(ways[0], start)
+    p = nn.Parameter(start.clone())
+    optimizer = torch.optim.LBFGS([p], line_search_fn="strong_wolfe")  # calls its closure again and again
+    mask = GradientMask([p], 0.25, mode).attach(optimizer)
+    kept = mask.draw([p])[0]
+    optimizer.step(partial(closure, p))
+    assert torch.equal(p != start, kept) and mask.step == 1
 
 
 def test_once_per_optimiser_step_under_accumulation():
