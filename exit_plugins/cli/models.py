@@ -234,7 +234,8 @@ def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             kwargs[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            kwargs[key] = value
+            # As YAML and JSON write them; as texts both would count as true.
+            kwargs[key] = {"true": True, "false": False}.get(value.lower(), value)
         try:
             json.dumps(kwargs[key], allow_nan=False)
         except (TypeError, ValueError) as error:

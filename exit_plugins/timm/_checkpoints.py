@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..exits.reading import reading
 from ._host import TimmModel, model_traits, resolve_pretrained_source
+from ._switches import check_switches
 
 __all__ = [
     "FEATURE_ARGUMENTS",
@@ -254,8 +255,11 @@ def build_with_checkpoint(model_cls: Any, variant: str, pretrained: bool, **kwar
     """timm's ``build_model_with_cfg``, with pretrained weights fetched and read by this module.
 
     The model is of ``model_cls``, or with ``features_only`` what timm puts around it. Share links get a file name, and
-    damaged files an error that says so. Everything else is timm's.
+    damaged files an error that says so, and so do switches that are neither on nor off. Everything else is timm's.
     """
+    for taker in (model_cls, kwargs.get("model_cfg")):
+        if taker is not None:
+            check_switches(taker if isinstance(taker, type) else type(taker), kwargs)
     path = None
     if pretrained:
         overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})

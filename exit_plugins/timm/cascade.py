@@ -19,6 +19,7 @@ from ..exits.protocol import MultiExit
 from ._checkpoints import FEATURE_ARGUMENTS, WholeOrPart
 from ._host import TimmModel, model_config, set_model_config, set_model_traits, update_model_args
 from ._networks import fuse_network
+from ._switches import check_switches
 from .kernels import check_evaluating
 from .layers import check_has_exits, check_image
 
@@ -140,6 +141,7 @@ class Cascade(MultiExit, nn.Module):
         ]
         self.networks = ModuleList(distinct)
         self.member_network = tuple(next(i for i, other in enumerate(distinct) if other is net) for net in networks)
+        check_switches(Cascade, {"average": average})
         self.average = average
         self.num_exits = len(networks)
         self.num_classes = networks[-1].num_classes

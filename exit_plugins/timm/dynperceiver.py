@@ -33,6 +33,7 @@ from ._host import (
     set_model_traits,
 )
 from ._networks import fuse_network, groups_of_part
+from ._switches import check_switches
 from .kernels import check_evaluating
 from .layers import (
     check_has_exits,
@@ -624,6 +625,8 @@ def _create_over_network(
     **kwargs: Any,
 ) -> Any:
     own = {key: kwargs.pop(key) for key in _OWN_ARGUMENTS if key in kwargs}
+    for taker in (DynPerceiver, DynPerceiverCfg):
+        check_switches(taker, own)
     features = {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS if key in kwargs}
     source = WholeOrPart.find("latent", "dynperceiver", pretrained, pretrained_cfg, pretrained_cfg_overlay)
     overlay = source.part_overlay

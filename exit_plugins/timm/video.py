@@ -20,6 +20,7 @@ from ..exits.policy import ExitPolicy
 from ..exits.protocol import State
 from . import dynperceiver
 from ._host import TimmModel
+from ._switches import check_switches
 from .dynperceiver import DynPerceiver
 from .kernels import Network
 
@@ -60,6 +61,7 @@ def temporal_shift(
         ValueError: no residual blocks are found to shift, the model takes clips already or is fused, or a number is
             not positive.
     """
+    check_switches(temporal_shift, {"latent": latent, "features": features, "online": online})
     if not isinstance(fold_div, int) or fold_div < 2:
         raise ValueError(f"fold_div is at least 2, so that both neighbours have channels; got {fold_div!r}.")
     if getattr(model, "fused", False):

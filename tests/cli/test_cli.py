@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import exit_plugins
 from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, exit_costs
 from exit_plugins.cli import COMMANDS, main
+from exit_plugins.cli.models import parse_kwargs
 from exit_plugins.timm.data import open_dataset
 
 MODEL = "msdnet_test"
@@ -247,6 +248,11 @@ def test_report_is_one_page_that_needs_no_other_file(folder, capsys, tmp_path):
     assert len(found["budgets"]) == 3 and f'"accuracy": {found["accuracy"]}' in text
 
 
+def test_switches_are_read_as_people_write_them():
+    given = parse_kwargs(["x2z=false", "z2x=True", "fkt=FALSE", "num_latents=8", "early_exits=feature"])
+    assert given == {"x2z": False, "z2x": True, "fkt": False, "num_latents": 8, "early_exits": "feature"}
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["evaluate", "msdnet_tset", *DATA], r"timm knows no model 'msdnet_tset'; did you mean msdnet_"),
     (["evaluate", "test_resnet", *DATA], r"ResNet is not a multi-exit model"),
@@ -255,6 +261,7 @@ def test_report_is_one_page_that_needs_no_other_file(folder, capsys, tmp_path):
     (["evaluate", MODEL, *DATA, "--policy", "none.json"], r"no policy at none.json"),
     (["evaluate", MODEL], r"give --data to run the model on, or --table"),
     (["evaluate", MODEL, *DATA, "--model-kwargs", "width"], r"takes NAME=VALUE, got 'width'"),
+    (["profile", "dynperceiver_test", "--model-kwargs", "x2z=no"], r"x2z is True or False, got 'no'"),
     (["solve", MODEL, "--table", "none.npz", "--budget", "50%"], r"no exit table at none.npz"),
     (["predict", "none.jpg", "--policy", "none.json"], r"no policy at none.json"),
     (["report", MODEL], r"give --data"),
