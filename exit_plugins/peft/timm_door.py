@@ -8,8 +8,10 @@
 
 The script gets a model called ``dyn_peft``, a task whose loss is the model's (the script's criterion at every exit, the
 weights by the schedule), and a schedule and a gradient mask that follow its updates. When it has finished, the adapter
-lies in ``adapter/`` of its output folder, beside timm's checkpoints, which hold the whole model. With the learning-rate
-schedule switched off (``--sched none``) there is nothing to follow and the script is refused.
+lies in ``adapter/`` of its output folder, beside timm's checkpoints, which hold the whole model. Where it keeps
+a moving average (``--model-ema``), that one is of the average, which timm too takes from its checkpoints, and
+``adapter_raw/`` holds the weights as they were last trained. With the learning-rate schedule switched off
+(``--sched none``) there is nothing to follow and the script is refused.
 """
 
 import json
@@ -181,15 +183,34 @@ def main(argv: list[str] | None = None) -> None:
         folders.append(make_folder(*args, **kwargs))
         return folders[-1]
 
+    tasks: list[DynTask] = []
+
+    class KeptTask(DynTask):
+        """One that outlives the script's functions, for what it has trained is saved after them."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            tasks.append(self)
+
     names: Names = {
-        "timm.task": {"ClassificationTask": DynTask},
+        "timm.task": {"ClassificationTask": KeptTask},
         "timm.scheduler": {"create_scheduler_v2": _following_scheduler(timm.scheduler.create_scheduler_v2)},
         "timm.utils": {"get_outdir": get_outdir},
     }
-    script = run_script(argv[0], argv[1:], names)  # noqa: F841  keeps the script's model alive
-    model = DynTask.latest_model()
-    if model is not None and folders:
-        model.save_pretrained(os.path.join(folders[-1], "adapter"))
+    run_script(argv[0], argv[1:], names)
+    trained = [task for task in tasks if task.dynamic is not None]
+    if trained and folders:
+        _save(trained[-1], Path(folders[-1]))
+
+
+def _save(task: DynTask, folder: Path) -> None:
+    raw, average = task.dynamic, task.get_trainable_module(ema=True)
+    assert raw is not None
+    if average is None:
+        raw.save_pretrained(str(folder / "adapter"))
+        return
+    _inside(average).save_pretrained(str(folder / "adapter"))
+    raw.save_pretrained(str(folder / "adapter_raw"))
 
 
 if __name__ == "__main__":

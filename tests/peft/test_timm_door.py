@@ -94,6 +94,35 @@ def test_schedule_loss_and_adapter(script, tmp_path):
     assert not hasattr(merged, "peft_config")
 
 
+def test_the_adapter_is_of_the_average_where_the_script_keeps_one(tmp_path):
+    kept = {
+        'output = get_outdir(args.output, "run")': "task.setup_ema(decay=0.5)",
+        "    optimizer.step()": "    task.update_ema()",
+        "json.dump(log, file)": "average = task.get_trainable_module(ema=True).module; "
+        'torch.save([trained.state_dict(), average.state_dict()], output + "/both.pth")',
+    }
+    script = SCRIPT
+    for line, more in kept.items():
+        indent = line[: len(line) - len(line.lstrip())] or ("    " if line.startswith("json") else "")
+        script = script.replace(line, f"{line}\n{indent}{more.strip()}")
+    # As in timm's own script, nothing of the training is global.
+    begin, body = script.split("parser = ", 1)
+    script = begin + "def main():\n" + "".join(f"    {line}\n" for line in f"parser = {body}".splitlines()) + "main()\n"
+    (tmp_path / "train.py").write_text(script)
+    arguments = ["--model", "dyn_peft", *MODEL, "num_heads=2", "method=lora", "r=4", "dyn={'exit_interval': 2}"]
+    timm_door.main([str(tmp_path / "train.py"), *arguments, "--output", str(tmp_path)])
+    states = torch.load(tmp_path / "run" / "both.pth", weights_only=True)
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    found = []
+    for folder, state in zip(("adapter_raw", "adapter"), states, strict=True):
+        backbone = timm.create_model("vit_tiny_patch16_224", **kwargs)
+        loaded = DynPeftModel.from_pretrained(backbone, tmp_path / "run" / folder).state_dict()
+        saved = [key for key in loaded if "lora_" in key or "exit_heads" in key or "modules_to_save" in key]
+        assert saved and all(torch.equal(loaded[key], state[key]) for key in saved)
+        found.append(torch.cat([loaded[key].flatten() for key in saved]))
+    assert not torch.equal(*found)
+
+
 def test_other_models_are_left_alone(script, tmp_path):
     timm_door.main(
         [script, "--model", "vit_tiny_patch16_224", "--output", str(tmp_path), "--model-kwargs", "img_size=32"]
