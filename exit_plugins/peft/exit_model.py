@@ -11,6 +11,8 @@ from transformers.utils import ModelOutput
 
 from .._modules import ModuleList
 from ..exits import MultiExit
+from ..exits.clips import frames_of
+from ..exits.protocol import map_state
 from ._host import HostModel
 from .family import Family
 from .heads import EarlyHead, WideClassifier
@@ -113,11 +115,19 @@ class ExitModel(PushesToHub, _Module):
         return self.family.features(self.backbone, self.exit_after[index] - 1, output, self.token)
 
     def exit_features(self, x: Tensor) -> tuple[Tensor, ...]:
-        """For images (B, C, H, W), what the head of each exit reads, (B, width); at the last exit before its norm."""
+        """For images (B, C, H, W), what the head of each exit reads, (B, width); at the last exit before its norm.
+
+        For clips of ``num_frames`` images (B, T, C, H, W) it is (B, T, width): a head reads every frame by itself, and
+        the mean is over what it says.
+        """
+        frames = self.__dict__.get("num_frames")  # not a backbone's own, which reads its frames together
         state, features = self.begin_exits(x), []
+        if frames:
+            state = map_state(frames_of, state)
         for index in range(self.num_exits):
             output, state = self.run_units(index, state)
-            features.append(self._features(index, output))
+            found = self._features(index, output)
+            features.append(found.reshape(-1, frames, found.shape[-1]) if frames else found)
         return tuple(features)
 
     def loss(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:

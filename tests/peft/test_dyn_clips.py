@@ -78,6 +78,23 @@ def test_every_exit_is_the_mean_over_the_frames(pair):
     torch.testing.assert_close(merged.forward_exits(x), model.forward_exits(x), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_features_of_the_exits_are_those_of_every_frame(pair):
+    images, model = pair
+    x = clips()
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    expected = [torch.stack(found) for found in zip(*(images.exit_features(clip) for clip in x), strict=True)]
+    assert expected[0].shape == (2, 3, 32)
+    for found in (model.exit_features(x), merged.exit_features(x)):
+        torch.testing.assert_close(found, tuple(expected), rtol=1e-4, atol=1e-5)
+    for head, feature, logits in zip(
+        model.early_heads, model.exit_features(x)[:-1], model.forward_exits(x)[:-1], strict=True
+    ):
+        torch.testing.assert_close(torch.stack([head(frame) for frame in feature.unbind(1)]).mean(0), logits)
+    with pytest.raises(ValueError, match="expected clips"):
+        model.exit_features(x[:, 0])
+
+
 def test_trainers_of_the_transformers_kind_get_their_loss(pair):
     _, model = pair
     out = model.train()(pixel_values=clips(), labels=torch.tensor([1, 2]))
