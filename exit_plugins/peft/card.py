@@ -35,8 +35,11 @@ policy = solve_thresholds(collect_exits(model, calibration_loader), costs.macs, 
 output = AdaptiveModel(model, policy)(images)  # every image leaves where it is sure enough
 ```
 
+{plain}"""
+
+_PLAIN = """\
 `peft.PeftModel.from_pretrained(backbone, "FOLDER")` reads the adapter and the trained classifier, without the early
-exits: it gives the last exit's logits.{remark}"""
+exits: it gives the last exit's logits."""
 
 _LOAD_MERGED = """```python
 from exit_plugins import AdaptiveModel, collect_exits, exit_costs, solve_thresholds
@@ -147,6 +150,24 @@ def _macs(model: ExitModel) -> list[float] | None:
     return kept[key]
 
 
+def _plain(model: ExitModel, method: str) -> str:
+    """What plain PEFT makes of the folder, and what it needs for that."""
+    if model.last_head_width:
+        return (
+            "`peft.PeftModel` cannot read the adapter: the last exit's head is wider than the classifier of a new "
+            f"{type(model.backbone).__name__}."
+        )
+    lines = [_PLAIN]
+    if method in ("REPADAPTER", "BOTTLENECK"):
+        lines.append("`import exit_plugins.peft` first, or PEFT does not know the method.")
+    if any(getattr(module, "qkv_bias_separate", None) is True for module in model.backbone.modules()):
+        lines.append(
+            "Before that set `qkv_bias_separate = True` on every module of the backbone that has it: timm otherwise\n"
+            "reads the weights of `qkv` and never calls it, and an adapter around it has no effect."
+        )
+    return "\n".join(lines)
+
+
 def _section(
     model: ExitModel,
     method: str | None,
@@ -173,12 +194,9 @@ def _section(
         row += [f"{accuracies[index]:.2f}"] if accuracies is not None else []
         rows.append("| " + " | ".join(row) + " |")
     if method:
-        remark = (
-            "\n`import exit_plugins.peft` first, or PEFT does not know the method."
-            if method in ("REPADAPTER", "BOTTLENECK")
-            else ""
+        load = _LOAD_ADAPTER.format(
+            base=base, num_classes=classes, input_size=size or "...", plain=_plain(model, method)
         )
-        load = _LOAD_ADAPTER.format(base=base, num_classes=classes, input_size=size or "...", remark=remark)
     else:
         plain = (
             '`timm.create_model("local-dir:FOLDER", pretrained=True)`'

@@ -403,3 +403,29 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path):
     dyn.save_pretrained(tmp_path / "adapter")
     text = (tmp_path / "adapter" / "README.md").read_text().partition("How to load")[0]
     assert str(tmp_path) not in text and "transformers" in text
+
+
+def test_the_card_says_what_plain_peft_needs(tmp_path):
+    def beit():
+        torch.manual_seed(0)
+        size = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+        return timm.create_model("beit_base_patch16_224", **size).eval()
+
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    dyn = get_dyn_peft_model(beit(), LoraConfig(target_modules=["qkv"], init_lora_weights=False), DynConfig()).eval()
+    dyn.save_pretrained(tmp_path / "beit")
+    expected = dyn(images)
+    assert "qkv_bias_separate = True" in (tmp_path / "beit" / "README.md").read_text()
+    plain, switched = beit(), beit()
+    for module in switched.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
+    assert not torch.allclose(PeftModel.from_pretrained(plain, tmp_path / "beit")(images), expected, atol=1e-3)
+    torch.testing.assert_close(PeftModel.from_pretrained(switched, tmp_path / "beit")(images), expected)
+    wide = get_dyn_peft_model(
+        make_backbone("vit"), LoraConfig(target_modules=["qkv"]), DynConfig(exit_interval=1, last_head_width=16)
+    )
+    wide.save_pretrained(tmp_path / "wide")
+    assert "`peft.PeftModel` cannot read the adapter" in (tmp_path / "wide" / "README.md").read_text()
+    with pytest.raises(RuntimeError):
+        PeftModel.from_pretrained(make_backbone("vit"), tmp_path / "wide")
