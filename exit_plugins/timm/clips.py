@@ -298,10 +298,17 @@ def list_files(folder: Path) -> dict[str, Path]:
 def open_list(path: Path, root: str | Path | None = None) -> FrameLists:
     """The clips of a list; the names of the classes from ``category.txt`` beside it, where there is one.
 
+    Otherwise the list for training beside it says how many classes there are: another split may lack the last ones.
     ``root``: where the paths of the list start from, by default the folder of the list.
     """
     names = path.with_name("category.txt")
-    return FrameLists(path, root or path.parent, classes=names if names.is_file() else None)
+    if names.is_file():
+        return FrameLists(path, root or path.parent, classes=names)
+    lists = list_files(path.parent)
+    train = lists.get("train", lists.get("training", path))
+    # With a template nothing is looked up among the frames, which may not be there.
+    classes = None if train == path else FrameLists(train, root or path.parent, template="-").classes
+    return FrameLists(path, root or path.parent, classes=classes)
 
 
 def _parse(line: str, where: str) -> tuple[str, int, int]:

@@ -223,6 +223,17 @@ def test_faults_of_lists_and_frames_are_named(frames):
         FrameLists(frames / "test_videofolder.txt", frames)
 
 
+def test_a_split_that_lacks_the_last_class_has_as_many_as_the_training_split(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(grey(20)).save(tmp_path / "a" / "00001.jpg")
+    for split, lines in (("train", "a 1 0\na 1 2\n"), ("validation", "a 1 1\n"), ("test", "a 1 3\n")):
+        (tmp_path / f"{split}_videofolder.txt").write_text(lines)
+    for split in ("train", "validation"):
+        assert open_dataset(str(tmp_path), split).classes == ("0", "1", "2")
+    with pytest.raises(ValueError, match="has a class 3, and there are 3 names"):
+        open_dataset(str(tmp_path), "test")
+
+
 def test_frames_are_sampled_from_equal_segments():
     # TSM's rule for testing: int(tick / 2 + tick * i) with tick = length / T.
     for length in range(1, 60):
