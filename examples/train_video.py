@@ -223,7 +223,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         update_summary(epoch, {"loss": loss}, metrics, summary, optimizer.param_groups[0]["lr"])
         saver.save_checkpoint(epoch, metric=metrics["top1"])
 
-    if metrics and args.model in list_models(clips=True):
+    if not metrics:  # a run that had ended: perhaps it was stopped before the model was written
+        loaders[1].name = "validation"
+        metrics = validate(task, loaders[1], autocast, ema)
+    if args.model in list_models(clips=True):
         trained = task.get_trainable_module(ema=True).module if ema else model
         accuracies = [metrics[f"top1_exit{k + 1}"] for k in range(model.num_exits)]
         used = {} if args.img_size is None else {"data_config": {"img_size": args.img_size}}

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def test_trains_resumes_and_leaves_a_model_timm_loads(data, tmp_path):
     train_video.main([*options(data, twice), *extra, "--epochs", "2", "--resume"])
     assert [row["epoch"] for row in rows(twice)] == ["0", "1"]
     assert rows(twice)[1]["lr"] == rows(once)[1]["lr"]
+    # One that was stopped behind its last epoch writes the model it lacks, with the figures of that epoch.
+    card = (twice / "model" / "config.json").read_text()
+    shutil.rmtree(twice / "model")
+    again = train_video.main([*options(data, twice), *extra, "--epochs", "2", "--resume"])
+    assert (twice / "model" / "config.json").read_text() == card
+    assert again["top1"] == pytest.approx(float(rows(twice)[1]["eval_top1"])) and len(rows(twice)) == 2
     with torch.serialization.safe_globals([argparse.Namespace]):
         saved = torch.load(twice / "last.pth.tar", weights_only=True)
     assert saved["epoch"] == 1 and "state_dict_ema" in saved
