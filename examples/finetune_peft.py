@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from exit_plugins import (
     BottleneckConfig,
@@ -46,6 +46,20 @@ class Named(Dataset):
         return {"pixel_values": image, "labels": label}
 
 
+def normalisation(name: str) -> dict:
+    """Mean and standard deviation of the images a transformers model was trained on, as its image processor says."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise SystemExit(
+            f"{name} has no preprocessor_config.json, which says how images are normalised; put the one of the model's "
+            "page beside its weights."
+        ) from error
+    if not getattr(processor, "do_normalize", True):
+        return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
+
+
 def make_backbone(args: argparse.Namespace, num_classes: int) -> tuple[torch.nn.Module, int, dict]:
     """The backbone with a classifier for the task, its image size and normalisation."""
     if args.model.startswith("hf:"):
@@ -54,7 +68,7 @@ def make_backbone(args: argparse.Namespace, num_classes: int) -> tuple[torch.nn.
             name, num_labels=num_classes, ignore_mismatched_sizes=True
         )
         size = model.config.image_size
-        return model, size if isinstance(size, int) else size[0], {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        return model, size if isinstance(size, int) else size[0], normalisation(name)
     kwargs = {"img_size": args.img_size} if args.img_size else {}
     model = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=num_classes, **kwargs, **args.model_kwargs

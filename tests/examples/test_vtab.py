@@ -1,5 +1,6 @@
 """The VTAB runner and the fine-tuning example on coloured images and on digits, offline."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 
 from exit_plugins import DynConfig, get_dyn_peft_model
@@ -247,6 +249,23 @@ def test_bad_lists(lines, error, message, vtab, tmp_path):
 def test_nothing_found(vtab, tmp_path):
     with pytest.raises(SystemExit, match="no data set"):
         vtab.main(["--root", str(tmp_path), "--output", str(tmp_path / "out")])
+
+
+def test_images_are_normalised_as_the_folder_of_a_transformers_model_says(tmp_path):
+    example = load("finetune_peft")
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config = transformers.ViTConfig(image_size=32, patch_size=8, num_labels=3, **size)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    arguments = argparse.Namespace(model=f"hf:{tmp_path}")
+    with pytest.raises(SystemExit, match="no preprocessor_config"):
+        example.make_backbone(arguments, 3)
+    for settings, mean, std in (
+        (dict(image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3]), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)),
+        (dict(do_normalize=False), (0, 0, 0), (1, 1, 1)),
+    ):
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}, **settings).save_pretrained(tmp_path)
+        _, side, found = example.make_backbone(arguments, 3)
+        assert side == 32 and found == {"mean": mean, "std": std}
 
 
 def test_finetuning_by_trainer(tmp_path):
