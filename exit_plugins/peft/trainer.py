@@ -1,6 +1,7 @@
 """Training by transformers' own Trainer: a callback, and metrics of every exit."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,10 @@ class DynTrainerCallback(TrainerCallback):
             self.mask.detach()
 
 
+def _joined(batches: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(batch) for batch in batches])
+
+
 def compute_exit_metrics(prediction: Any) -> dict[str, float]:
     """``compute_metrics`` for Trainer: top-1 accuracy, in [0, 1], of the last exit (``accuracy``) and of every exit.
 
@@ -84,15 +89,20 @@ def compute_exit_metrics(prediction: Any) -> dict[str, float]:
     whose ``predict_exits`` is set, which ``DynTrainerCallback(predict_exits=True)`` does. Without it only the last
     exit's logits arrive, and its accuracy alone is returned, with a warning.
     """
-    labels = np.asarray(prediction.label_ids)
-    if not isinstance(prediction.predictions, tuple):
+    predictions, labels = prediction.predictions, prediction.label_ids
+    if isinstance(predictions, list):  # of batches, as they come with TrainingArguments(eval_do_concat_batches=False)
+        whole = isinstance(predictions[0], tuple)
+        predictions = tuple(map(_joined, zip(*predictions, strict=True))) if whole else _joined(predictions)
+        labels = _joined(labels)
+    labels = np.asarray(labels)
+    if not isinstance(predictions, tuple):
         warnings.warn(
             "only the last exit's logits have arrived: for the accuracy of every exit give Trainer "
             "callbacks=[DynTrainerCallback(predict_exits=True)], or set predict_exits of the model.",
             stacklevel=2,
         )
-        return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == labels).mean())}
-    _, exit_logits = prediction.predictions
+        return {"accuracy": float((np.asarray(predictions).argmax(-1) == labels).mean())}
+    _, exit_logits = predictions
     accuracies = (np.asarray(exit_logits).argmax(-1) == labels[:, None]).mean(0)
     result = {f"accuracy_exit_{index + 1}": float(value) for index, value in enumerate(accuracies)}
     return {"accuracy": float(accuracies[-1]), **result}

@@ -189,6 +189,19 @@ def test_without_the_callback_it_is_said_and_usual_metrics_work(tmp_path):
         assert run.evaluate()["eval_accuracy"] == pytest.approx(float(expected))
 
 
+@pytest.mark.filterwarnings("ignore:only the last")
+@pytest.mark.parametrize("predict_exits", [False, True])
+def test_metrics_of_batches_that_are_not_joined_are_those_of_joined_ones(predict_exits, tmp_path):
+    found = []
+    for joined in (True, False):
+        model = make()
+        args = arguments(tmp_path, eval_do_concat_batches=joined, per_device_eval_batch_size=13)  # the last is of 9
+        run = trainer(model, args, eval_dataset=Blobs(), compute_metrics=compute_exit_metrics)
+        model.predict_exits = predict_exits
+        found.append({key: value for key, value in run.evaluate().items() if "accuracy" in key})
+    assert found[0] == found[1] and len(found[0]) == (5 if predict_exits else 1)
+
+
 def test_with_the_callback_nothing_is_warned_of(tmp_path, recwarn):
     trainer(make(), arguments(tmp_path, num_train_epochs=1)).train()
     assert not any("leads it" in str(warning.message) for warning in recwarn)
