@@ -13,7 +13,7 @@ from .._modules import ModuleList
 from ..exits import MultiExit
 from ..exits.clips import frames_of
 from ..exits.protocol import map_state
-from ._host import HostModel
+from ._host import AuxiliaryTrainingWrapper, HostModel
 from .family import Family
 from .heads import EarlyHead, WideClassifier
 from .hub import PushesToHub
@@ -93,6 +93,8 @@ class ExitModel(PushesToHub, _Module):
     def last_head_width(self) -> int:
         """Hidden width of the last exit's head, 0 for a linear one."""
         classifier = self.backbone.get_submodule(self.family.classifiers(self.backbone)[0])
+        if isinstance(classifier, AuxiliaryTrainingWrapper):  # PEFT's, around what is trained in full
+            classifier = classifier.original_module
         return classifier.in_features if isinstance(classifier, WideClassifier) else 0
 
     def begin_exits(self, x: Tensor) -> Any:

@@ -409,7 +409,11 @@ def test_the_card_says_what_plain_peft_needs(tmp_path):
     def beit():
         torch.manual_seed(0)
         size = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
-        return timm.create_model("beit_base_patch16_224", **size).eval()
+        model = timm.create_model("beit_base_patch16_224", **size).eval()
+        with torch.no_grad():  # far enough from zero for adapters to show
+            for p in model.parameters():
+                p.copy_(0.3 * torch.randn(p.shape))
+        return model
 
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     dyn = get_dyn_peft_model(beit(), LoraConfig(target_modules=["qkv"], init_lora_weights=False), DynConfig()).eval()
