@@ -40,6 +40,10 @@ class Calibration:
         }
 
 
+# How far confidences that others computed may lie beyond [0, 1]: ours, about ten times what float32 rounds.
+_ROUNDING = 1e-6
+
+
 def calibration(table: ExitTable, bins: int = 15) -> list[Calibration]:
     """Calibration of every exit. Confidences must lie in [0, 1]; samples whose confidence is NaN are left out.
 
@@ -54,8 +58,9 @@ def calibration(table: ExitTable, bins: int = 15) -> list[Calibration]:
     for k in range(table.num_exits):
         known = ~np.isnan(table.confidence[k])
         sure, right = table.confidence[k][known].astype(np.float64), table.correct[k][known].astype(np.float64)
-        if len(sure) == 0 or sure.min() < 0 or sure.max() > 1 + 1e-6:
+        if len(sure) == 0 or sure.min() < -_ROUNDING or sure.max() > 1 + _ROUNDING:
             raise ValueError(f"exit {k + 1} has no confidences in [0, 1] to be calibrated.")
+        sure = sure.clip(0, 1)
         place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)  # (low, high], zero in the first
         count = np.bincount(place, minlength=bins)
         with np.errstate(invalid="ignore"):

@@ -23,7 +23,8 @@ def _entropy(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
     # A class at -inf has p = 0 and adds nothing; 0 * -inf would make NaN of it.
     entropy = -torch.where(log_p.isneginf(), torch.zeros_like(log_p), log_p.exp() * log_p).sum(-1)
-    return 1 - entropy / torch.log(torch.tensor(float(max(logits.shape[-1], 2)), device=logits.device))
+    sure = 1 - entropy / torch.log(torch.tensor(float(max(logits.shape[-1], 2)), device=logits.device))
+    return sure.clamp(0, 1)  # H and log C are rounded apart, and H of a uniform answer may come out the larger
 
 
 def _margin(logits: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import entropy
 
+from exit_plugins import ExitTable
+from exit_plugins.exits.calibration import calibration
 from exit_plugins.exits.confidence import CONFIDENCES, confidence, fit_temperatures
 
 
@@ -73,3 +75,14 @@ def test_docs_name_modules_and_importing_gives_them():
 def test_fitting_on_a_table_without_logits_says_what_to_do():
     with pytest.raises(ValueError, match="collect the table with keep_logits=True"):
         fit_temperatures(None, torch.zeros(3))
+
+
+@pytest.mark.parametrize("measure", CONFIDENCES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_confidences_lie_between_0_and_1_however_they_are_rounded(measure, dtype):
+    for classes in range(2, 40):  # entropies of uniform answers come out a rounding above or below log C
+        rows = torch.cat((torch.randn(20, classes) * 1e-4, torch.zeros(1, classes), torch.randn(20, classes) * 50))
+        sure = confidence(rows.to(dtype), measure)
+        assert sure.min() >= 0 and sure.max() <= 1
+    table = ExitTable.from_logits(torch.zeros(2, 6, 7), torch.zeros(6), measure)
+    assert len(calibration(table)) == 2

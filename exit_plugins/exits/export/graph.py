@@ -147,7 +147,8 @@ def _confidence_nodes(
             node("Max", [p + "c", p + "two"], [p + "c2"]),
             node("Log", [p + "c2"], [p + "log_c"]),
             node("Div", [p + "minus_h", p + "log_c"], [p + "share"]),
-            node("Add", [p + "share", p + "one"], [p + "value"]),
+            node("Add", [p + "share", p + "one"], [p + "unbounded"]),
+            node("Clip", [p + "unbounded", p + "zero_p", p + "one"], [p + "value"]),
         ]
         constants.append(constant(p + "two", [2.0]))
     elif measure == "margin":
