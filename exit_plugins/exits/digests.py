@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .deprecation import moved
-from .protocol import AnyModel, MultiExitModule, check_multi_exit
+from .protocol import COMPILED, AnyModel, MultiExitModule, check_multi_exit, unwrapped
 from .schema import plain
 
 __all__ = ["describe_checked", "describe_model", "sample_digests", "weights_digest"]
@@ -71,19 +71,26 @@ def _in_chans(model: AnyModel) -> int | None:
 def weights_digest(model: AnyModel) -> str:
     """SHA-256 of every tensor of the state dict with its name, dtype and shape, in the order of the names.
 
-    A model whose weights torch does not hold (an exported one) says its own in an attribute ``weights``.
+    Names are the model's own, whatever torch.compile, DataParallel or DistributedDataParallel put around it. A model
+    whose weights torch does not hold (an exported one) says its own in an attribute ``weights``.
     """
-    said = getattr(model, "weights", None)
+    said = getattr(unwrapped(model), "weights", None)
     if isinstance(said, str):
         return said
     hasher = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    state = {_own_name(name): value for name, value in unwrapped(model).state_dict().items()}
+    for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             hasher.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             hasher.update(_bytes(value))
         else:  # a module's extra state
             hasher.update(f"{name} {value!r}".encode())
     return hasher.hexdigest()
+
+
+def _own_name(name: str) -> str:
+    """A name of the state dict without what compiling a module inside the model put into it."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

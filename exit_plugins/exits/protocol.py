@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "COMPILED",
     "MEMBERS",
     "METHODS",
     "AnyModel",
@@ -26,6 +27,7 @@ __all__ = [
     "map_state",
     "sample_dimensions",
     "select_samples",
+    "unwrapped",
 ]
 
 State: TypeAlias = Any  # a pytree of tensors, batch first in every leaf
@@ -33,6 +35,8 @@ State: TypeAlias = Any  # a pytree of tensors, batch first in every leaf
 # What makes a module a multi-exit model, whatever its class.
 METHODS = ("begin_exits", "forward_exit")
 MEMBERS = ("num_exits", *METHODS)
+
+COMPILED = "_orig_mod"  # where torch.compile keeps the module it was given
 
 
 class _Segments(Protocol):
@@ -134,7 +138,13 @@ def is_multi_exit(model: object) -> TypeGuard[MultiExitModule]:
 
 
 def check_multi_exit(model: object) -> MultiExitModule:
-    """Return ``model`` if it follows the protocol, whatever its class; TypeError naming what is missing if not."""
+    """Return ``model`` if it follows the protocol, whatever its class; TypeError naming what is missing if not.
+
+    Of what torch.compile made of a model it is the model inside: segments run uncompiled in either, and only inside are
+    its names, its class and its arguments its own.
+    """
+    if is_multi_exit(model):
+        model = unwrapped(model)
     kind = type(model).__name__
     if is_multi_exit(model):
         if int(model.num_exits) >= 1:
@@ -143,9 +153,23 @@ def check_multi_exit(model: object) -> MultiExitModule:
     missing = ", ".join(name for name in MEMBERS if not hasattr(model, name))
     raise TypeError(
         f"{kind} is not a multi-exit model: it has no {missing}. Expected a module that follows exit_plugins.MultiExit "
-        "(num_exits, begin_exits(x), forward_exit(index, state)); if it is wrapped (DataParallel, DDP, EMA, "
-        "torch.compile), pass the module inside."
+        "(num_exits, begin_exits(x), forward_exit(index, state)); if it is wrapped (DataParallel, DDP, EMA), pass the "
+        "module inside."
     )
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside what torch.compile, DataParallel and DistributedDataParallel make of it; any other itself."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+            continue
+        # By name: torch imports the class of compiled modules, which takes it seconds, at the first compilation only.
+        inner = next((child for name, child in model.named_children() if name == COMPILED), None)
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def sample_dimensions(model: AnyModel) -> tuple[str, ...]:

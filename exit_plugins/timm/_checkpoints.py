@@ -33,6 +33,7 @@ __all__ = [
 
 # Where training scripts put the weights of a checkpoint, the averaged ones first.
 _STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.")
 _CHUNK = 1 << 20
 
 
@@ -114,17 +115,21 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict inside what training scripts save, averaged weights (EMA) first, without DataParallel's prefix."""
+    """The state dict inside what training scripts save, averaged weights (EMA) first.
+
+    The names are without the prefixes that DataParallel and torch.compile put before all of them, in either order.
+    """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint is a dictionary of weights, got {type(checkpoint).__name__}.")
     for key in _STATE_DICT_KEYS:
         inner = checkpoint.get(key)
         if isinstance(inner, Mapping) and inner:
             return unwrap_state_dict(inner)
-    while checkpoint and all(key.startswith("module.") for key in checkpoint if isinstance(checkpoint[key], Tensor)):
-        if not any(isinstance(value, Tensor) for value in checkpoint.values()):
+    while names := [key for key, value in checkpoint.items() if isinstance(value, Tensor)]:
+        prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in names)), None)
+        if prefix is None:
             break
-        checkpoint = {key.removeprefix("module."): v for key, v in checkpoint.items() if key.startswith("module.")}
+        checkpoint = {key.removeprefix(prefix): v for key, v in checkpoint.items() if key.startswith(prefix)}
     return dict(checkpoint)
 
 

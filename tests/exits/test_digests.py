@@ -7,7 +7,7 @@ from small_models import ConvExits, NestedExits
 from small_tables import costs_of, realistic_table
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from exit_plugins import ExitPolicy, ExitTable, collect_exits, solve_thresholds
+from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, collect_exits, solve_thresholds
 from exit_plugins.exits.digests import describe_model, sample_digests, weights_digest
 from exit_plugins.exits.risk import certify
 from exit_plugins.exits.samples import SampleRecord
@@ -46,6 +46,21 @@ def test_weights_digest_depends_on_values_and_not_on_their_layout(dtype):
     with torch.no_grad():
         model.heads[2].bias[0].add_(1)
     assert weights_digest(model) != digest
+
+
+def test_what_is_wrapped_around_a_model_is_no_part_of_who_it_is():
+    model = ConvExits().eval()
+    digest, described = weights_digest(model), describe_model(model)
+    compiled = torch.compile(model, backend="eager")
+    assert weights_digest(compiled) == weights_digest(torch.nn.DataParallel(compiled)) == digest
+    assert describe_model(compiled) == described
+    data = images(6)
+    policy = solve_thresholds(collect_exits(model, DataLoader(data, 3)), costs_of(3), budget=3.0, model=model)
+    assert collect_exits(compiled, DataLoader(data, 3)).about["weights"] == policy.model["weights"] == digest
+    adaptive = AdaptiveModel(compiled, policy)
+    assert torch.equal(adaptive(data.tensors[0]).logits, AdaptiveModel(model, policy)(data.tensors[0]).logits)
+    model.stages[0] = torch.compile(model.stages[0], backend="eager")
+    assert weights_digest(model) == digest
 
 
 def test_sample_digests_are_of_the_sample_alone():

@@ -146,7 +146,7 @@ def test_the_three_public_models_have_their_share_links():
 
 @pytest.mark.parametrize("layout", ["own", "public"])
 @pytest.mark.parametrize(
-    "wrapping", ["plain", "model", "model_state_dict", "state_dict", "ema", "DataParallel", "safetensors"]
+    "wrapping", ["plain", "model", "model_state_dict", "state_dict", "ema", "DataParallel", "compiled", "safetensors"]
 )
 def test_layouts(tmp_path, layout, wrapping):
     model, other = make(0), make(1)
@@ -161,6 +161,8 @@ def test_layouts(tmp_path, layout, wrapping):
         save_file({key: value.contiguous() for key, value in state.items()}, path)
     elif wrapping == "DataParallel":
         torch.save({"model": {f"module.{key}": value for key, value in state.items()}, **training}, path)
+    elif wrapping == "compiled":
+        torch.save({"model": {f"module._orig_mod.{key}": value for key, value in state.items()}, **training}, path)
     elif wrapping == "ema":
         torch.save({"model": old, "model_ema": state, **training}, path)
     else:
