@@ -18,8 +18,16 @@ from .confidence import check_measure, check_temperatures, confidence
 from .digests import describe_checked, sample_digests, weights_digest
 from .files import check_apart, check_target
 from .parts import PartFile, Record
-from .protocol import AnyModel, MultiExitModule, check_multi_exit, exit_device, forward_exits
-from .table import ExitTable
+from .protocol import (
+    AnyModel,
+    MultiExitModule,
+    check_multi_exit,
+    evaluating,
+    exit_device,
+    forward_exits,
+    in_precision_of,
+)
+from .table import ExitTable, class_indices
 
 __all__ = ["collect_exits"]
 
@@ -44,8 +52,9 @@ def collect_exits(
     single process, so the numbers are too, and every process gets the whole table.
 
     Args:
-        model: a multi-exit module; it is put in evaluation mode for the run and back afterwards.
-        loader: yields (images (B, C, H, W), target (B,)) batches. Of a ``DataLoader`` only the batches needed are read.
+        model: a multi-exit module; it is put in evaluation mode for the run, and every module in it back afterwards.
+        loader: yields (images (B, C, H, W), target (B,)) batches: floating point numbers, which are taken to the
+            precision of the model's weights, and class indices. Of a ``DataLoader`` only the batches needed are read.
         device: where to run; default where the model is. The model is moved there.
         measure: confidence measure, see ``exits.confidence``.
         temperatures: (K,) to divide the logits by.
@@ -59,15 +68,16 @@ def collect_exits(
         save_as: write the table here; that it can be written there is checked before the run. In several processes the
             first one writes.
         finish: what is to be done to the whole table before it is written, such as leaving samples out. If it raises,
-            the part file stays.
+            the part file stays. Only with it may targets be negative, as marks of samples that it leaves out.
 
     Returns:
         ExitTable over all N samples in the loader's order, each with the digest of its input.
 
     Raises:
-        ValueError: the loader is empty, is sharded already, or its batches do not hold images and class indices; or
-            the part file is of other weights, data, input size or settings, or the file of ``save_as``. Of the data,
-            its length and the inputs and labels of the first and the last batch in the part file are compared.
+        ValueError: the loader is empty, is sharded already, or its batches do not hold images and indices of the
+            model's classes; or the part file is of other weights, data, input size or settings, or the file of
+            ``save_as``. Of the data, its length and the inputs and labels of the first and the last batch in the part
+            file are compared.
         OSError: ``save_as`` or ``part_file`` cannot be written. No batch that is done is lost: the part file stays.
     """
     model = check_multi_exit(model)
@@ -78,7 +88,7 @@ def collect_exits(
     _check_not_sharded(loader, world)
     known = {"transform": None, "data": None, "split": None, "classes": None, **(about or {})}
     known = {"model": describe_checked(model), "weights": weights_digest(model), **known}
-    ask = _Asker(model, device, measure, temperatures, keep_logits)
+    ask = _Asker(model, device, measure, temperatures, keep_logits, marked=finish is not None)
     path = None if part_file is None else Path(part_file if world == 1 else f"{part_file}.rank{rank}of{world}")
     if save_as is not None and path is not None:
         check_apart(save_as, [path])  # which goes once the table is there
@@ -91,8 +101,7 @@ def collect_exits(
         part = PartFile(path, _run_header(loader, ask, known), model.num_exits, keep_logits)
     records = part.records if part is not None else []
     done = len(records)
-    training = model.training
-    model.to(device).eval()
+    model.to(device)
     total = _length(loader)
     mine = None if total is None else len(range(rank, total, world))
     bar = tqdm(
@@ -103,7 +112,7 @@ def collect_exits(
         disable=True if rank else (None if progress is None else not progress),
     )
     try:
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             # The first and the last of the batches that are done are read again: are these the same samples?
             for index, batch in _own_batches(loader, rank, world, done):
                 if part is not None and index < done:
@@ -115,7 +124,6 @@ def collect_exits(
                 bar.update()
     finally:
         bar.close()
-        model.train(training)
         if part is not None:
             part.close()
     records = _gather(records, rank, world)
@@ -134,6 +142,7 @@ def collect_exits(
     )
     if finish is not None:
         table = finish(table)
+        class_indices(table.target)
     if save_as is not None:
         _save_once(table, save_as, rank, world)
     if part is not None:
@@ -151,15 +160,19 @@ class _Asker:
         measure: str,
         temperatures: tuple[float, ...],
         keep_logits: bool,
+        marked: bool,
     ) -> None:
-        self.model, self.device = model, device
+        self.model, self.device, self.marked = model, device, marked
         self.measure, self.temperatures, self.keep_logits = measure, temperatures, keep_logits
 
     def __call__(self, batch: Any) -> Record:
-        images, _ = _images_and_target(batch)
-        outputs = forward_exits(self.model, images.to(self.device, non_blocking=True))
+        images, target = _images_and_target(batch)
+        known = self.inputs(batch)
+        images = in_precision_of(self.model, images.to(self.device, non_blocking=True))
+        outputs = forward_exits(self.model, images)
+        class_indices(target, outputs[-1].shape[-1], self.marked)
         sure = [confidence(z, self.measure, t).float() for z, t in zip(outputs, self.temperatures, strict=True)]
-        return self.inputs(batch)._replace(
+        return known._replace(
             confidence=torch.stack(sure).cpu().numpy(),
             prediction=torch.stack([z.argmax(-1) for z in outputs]).cpu().numpy(),
             logits=torch.stack([z.float() for z in outputs]).cpu().numpy() if self.keep_logits else None,
@@ -170,7 +183,11 @@ class _Asker:
         images, target = _images_and_target(batch)
         nothing = np.empty((self.model.num_exits, 0))
         return Record(
-            nothing, nothing, target.cpu().numpy().astype(np.int64), sample_digests(images), np.array(images.shape[1:])
+            nothing,
+            nothing,
+            class_indices(target, marked=True),  # which there are, only the exits' answers tell
+            sample_digests(images),
+            np.array(images.shape[1:]),
         )
 
 
@@ -273,6 +290,8 @@ def _own_batches(loader: Iterable[Any], rank: int, world: int, done: int) -> Ite
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,  # of the workers' seeds
             worker_init_fn=loader.worker_init_fn,
             prefetch_factor=loader.prefetch_factor,
         )

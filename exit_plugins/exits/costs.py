@@ -14,7 +14,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .meta import meta_copy
-from .protocol import AnyModel, check_input_size, check_multi_exit, exit_device, select_samples
+from .protocol import (
+    AnyModel,
+    check_input_size,
+    check_multi_exit,
+    evaluating,
+    exit_device,
+    in_precision_of,
+    select_samples,
+)
 
 __all__ = [
     "ExitCosts",
@@ -98,9 +106,8 @@ def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3)
     device = exit_device(model)
     synchronize = synchronizer(device)
     times = np.zeros((repeats, model.num_exits))
-    training, x = model.training, x.to(device)
-    model.eval()
-    try:
+    x = in_precision_of(model, x.to(device))
+    with evaluating(model):
         for run in range(-warmup, repeats):
             synchronize()
             start = time.perf_counter()
@@ -110,8 +117,6 @@ def exit_latency(model: AnyModel, x: Tensor, repeats: int = 20, warmup: int = 3)
                 synchronize()
                 if run >= 0:
                     times[run, index] = time.perf_counter() - start
-    finally:
-        model.train(training)
     segments = np.median(np.diff(times, axis=1, prepend=0.0), axis=0)
     return np.cumsum(segments)
 
@@ -174,9 +179,8 @@ def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2)
         synchronize()
         return time.perf_counter() - start, result
 
-    training, x = module.training, x.to(device)
-    module.eval()
-    try:
+    x = in_precision_of(module, x.to(device))
+    with evaluating(module):
         for run in range(-warmup, repeats):
             for column, size in enumerate(sizes):
                 rows = torch.arange(size, device=device)
@@ -192,8 +196,6 @@ def segment_times(model: AnyModel, x: Tensor, repeats: int = 7, warmup: int = 2)
                             gather[run, index, column] = copied
                     if run >= 0:
                         segment[run, index, column] = seconds
-    finally:
-        module.train(training)
     return SegmentTimes(np.array(sizes), np.median(segment, 0), np.median(gather, 0))
 
 

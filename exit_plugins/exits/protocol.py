@@ -1,5 +1,6 @@
 """The one idea all else is written against: a multi-exit model is a chain of segments, segment i ends in exit i."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 
@@ -21,8 +22,10 @@ __all__ = [
     "batch_size",
     "check_input_size",
     "check_multi_exit",
+    "evaluating",
     "exit_device",
     "forward_exits",
+    "in_precision_of",
     "is_multi_exit",
     "map_state",
     "sample_dimensions",
@@ -184,6 +187,32 @@ def check_input_size(model: AnyModel, input_size: Sequence[int]) -> None:
     dimensions = sample_dimensions(model)
     if len(input_size) != len(dimensions) or min(input_size) < 1:
         raise ValueError(f"input_size is ({', '.join(dimensions)}), positive numbers, got {tuple(input_size)}.")
+
+
+@contextlib.contextmanager
+def evaluating(model: AnyModel) -> Iterator[None]:
+    """``model`` in evaluation mode while this is open; then every module in it is in the mode it was in before.
+
+    One flag for all would set frozen norms, which whoever trains keeps in evaluation, to training.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()  # and what a model does beside when its mode changes
+        for module, mode in modes:
+            module.training = mode
+
+
+def in_precision_of(model: AnyModel, images: Tensor) -> Tensor:
+    """``images`` in the precision of the model's weights; ValueError unless they are floating point numbers."""
+    if not images.is_floating_point():
+        raise ValueError(f"expected images normalised to floating point numbers, got {images.dtype}.")
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return images if weight is None else images.to(weight.dtype)
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:

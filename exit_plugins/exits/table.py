@@ -19,7 +19,7 @@ from .files import atomic_write
 from .reading import reading, strict_json
 from .schema import MODEL, Fields, check_fields, is_text, plain
 
-__all__ = ["ExitTable", "check_not_empty"]
+__all__ = ["ExitTable", "check_not_empty", "class_indices"]
 
 __getattr__ = moved(__name__, {"collect_exits": "exit_plugins.exits.collecting.collect_exits"})
 
@@ -44,6 +44,26 @@ def _array(name: str, value: Any) -> NDArray[Any]:
     if value.size and (int(value.min()) < limits.min or int(value.max()) > limits.max):
         raise ValueError(f"{name} must fit {dtype}, got {value.min()} to {value.max()}.")
     return np.ascontiguousarray(value, dtype=dtype)
+
+
+def class_indices(
+    target: ArrayLike | Tensor, num_classes: int | None = None, marked: bool = False
+) -> NDArray[np.int64]:
+    """``target`` (N,) as int64; ValueError unless they are whole numbers from 0 to ``num_classes`` - 1.
+
+    None is "not known". ``marked`` lets negative numbers pass: marks of samples that will be left out.
+    """
+    indices: NDArray[np.int64] = _array("target", target)
+    low = np.iinfo(np.int64).min if marked else 0
+    high = np.iinfo(np.int64).max if num_classes is None else num_classes - 1
+    wrong = indices[(indices < low) | (indices > high)]
+    if len(wrong):
+        classes = "classes from 0 on" if num_classes is None else f"classes 0 to {high}"
+        raise ValueError(
+            f"the targets hold class {wrong[0]} and the exits answer with {classes}; give class indices in the order "
+            "of the model's classes, or a model of as many classes as the data has."
+        )
+    return indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +197,7 @@ class ExitTable:
         if any(part.ndim != 2 for part in parts):
             raise ValueError(f"expected K arrays of logits (N, C), got shapes {[tuple(p.shape) for p in parts]}.")
         temperatures = check_temperatures(temperatures, len(parts))
+        target = class_indices(target, parts[0].shape[-1] if parts else 0)
         return cls(
             torch.stack([confidence(z, measure, t).float() for z, t in zip(parts, temperatures, strict=True)]),
             torch.stack([z.argmax(-1) for z in parts]),

@@ -12,6 +12,7 @@ from small_runs import make_data, make_model, same
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from exit_plugins import ExitTable, collect_exits
+from exit_plugins.exits.costs import exit_latency, segment_times
 
 
 @pytest.mark.parametrize("kind", [ConvExits, NestedExits])
@@ -30,8 +31,58 @@ def test_collects_what_the_exits_say_in_the_order_of_the_loader(kind):
 
 def test_model_is_left_in_the_mode_it_was_in():
     model = make_model().train()
+    model.stages[1].eval()  # as whoever trains with frozen norms keeps them
+    modes = [module.training for module in model.modules()]
     collect_exits(model, DataLoader(make_data(8), 4))
-    assert model.training
+    exit_latency(model, make_data(8).tensors[0], repeats=1, warmup=0)
+    segment_times(model, make_data(8).tensors[0], repeats=1, warmup=0)
+    assert [module.training for module in model.modules()] == modes and any(modes) and not all(modes)
+    with pytest.raises(ValueError, match="class 5"):
+        collect_exits(model, [(make_data(8).tensors[0], torch.full((8,), 5))])
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        (torch.rand(8) * 4 + 0.1, "whole numbers"),
+        (torch.full((8,), float("nan")), "whole numbers"),
+        (torch.tensor([0, 1, 2, 3, 4, 5, 0, 0]), "targets hold class 5 .* classes 0 to 4"),
+        (torch.tensor([0, -1, 2, 3, 4, 1, 0, 0]), "targets hold class -1"),
+        (torch.ones(8, dtype=torch.bool), "must be numbers"),
+    ],
+)
+def test_targets_that_are_no_classes_of_the_model_are_refused(target, message):
+    model, images = make_model(), make_data(8).tensors[0]
+    with pytest.raises(ValueError, match=message):
+        collect_exits(model, [(images, target)])
+    if "targets" in message:
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            ExitTable.from_logits(model.forward_exits(images), target, keep_logits=False)
+    whole = torch.arange(8.0) % 5
+    assert collect_exits(model, [(images, whole)]).target.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_are_taken_to_the_precision_of_the_weights(dtype):
+    images, target = make_data(8).tensors
+    model = make_model().to(dtype)
+    found, expected = (collect_exits(model, [(x, target)], keep_logits=True) for x in (images, images.to(dtype)))
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_array_equal(found.sample, collect_exits(make_model(), [(images, target)]).sample)
+    assert exit_latency(model, images, repeats=1, warmup=0).shape == (3,)
+    with pytest.raises(ValueError, match="normalised to floating point numbers, got torch.uint8"):
+        collect_exits(model, [(images.byte(), target)])
+
+
+def test_workers_are_started_as_the_loader_says(monkeypatch):
+    data, generator = make_data(8), torch.Generator()
+    loader = DataLoader(data, 4, num_workers=1, multiprocessing_context="spawn", generator=generator)
+    seen = []
+    monkeypatch.setattr(DataLoader, "_get_iterator", lambda self: seen.append(self) or iter([data[:4], data[4:]]))
+    collect_exits(make_model(), loader)
+    assert [each.multiprocessing_context.get_start_method() for each in seen] == ["spawn"]
+    assert seen[0].generator is generator and seen[0].num_workers == 1
 
 
 def test_temperatures_divide_the_logits():
