@@ -5,7 +5,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Iterator
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from .confidence import confidence
 from .costs import SegmentTimes, segment_times
 from .deprecation import warn_old
 from .policy import ExitPolicy
-from .protocol import AnyModel, MultiExitModule, sample_dimensions, select_samples
+from .protocol import AnyModel, MultiExitModule, in_precision_of, sample_dimensions, select_samples
 
 __all__ = ["AdaptiveModel", "ExitOutput"]
 
@@ -49,14 +49,41 @@ class Plan(NamedTuple):
 # CUDA graphs read and write memory of their own: one call at a time.
 _GRAPHS = threading.RLock()
 _REFRESHING = threading.RLock()
-_ADDRESS, _VERSION = Tensor.data_ptr, attrgetter("_version")
+_ADDRESS, _VERSION, _TRAINING = Tensor.data_ptr, attrgetter("_version"), attrgetter("training")
+
+
+class _Watch:
+    """Whether weights have been moved, or others put in their place, since it was made, or ``written``; quick enough
+    for every call.
+
+    It holds on to the tensors, so that no other can have come to lie at the address of one that is gone.
+    """
+
+    def __init__(self, model: MultiExitModule, written: bool) -> None:
+        self.model = model
+        tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+        # Scripted modules have no dictionaries, and no tensor in them can be replaced by another.
+        self.places = [(table, name) for table in tables if isinstance(table, dict) for name in table]
+        self.tensors = [table[name] for table, name in self.places]
+        self.read = [tensor for tensor in (*model.parameters(), *model.buffers()) if _counts_versions(tensor)]
+        self.counted = self.read if written else []
+        self.marks = self._marks()
+
+    def _marks(self) -> tuple[Any, ...]:
+        kind = (self.model.num_exits, getattr(self.model, "num_classes", None))
+        return (*kind, *map(_ADDRESS, self.read), *map(_VERSION, self.counted))
+
+    def changed(self) -> bool:
+        now = (table.get(name) for table, name in self.places)
+        return not all(map(is_, now, self.tensors)) or self._marks() != self.marks
 
 
 class AdaptiveModel(nn.Module):
     """Runs segment after segment; after each exit the samples that are sure enough leave and the rest go on.
 
     Args:
-        model: a multi-exit module; it is put in evaluation mode.
+        model: a multi-exit module; it is put in evaluation mode. Put in training mode later, its copy answers on in
+            evaluation mode; where there is none (``fuse``), a call is a RuntimeError until it is in evaluation again.
         policy: thresholds for it, checked against the model.
         compile: compile every segment, once for all batch sizes (and CUDA graphs on a GPU), see
             ``exits.compiled.CompiledSegments``. Compilation happens on first use.
@@ -72,12 +99,16 @@ class AdaptiveModel(nn.Module):
     Samples whose confidence is NaN never leave early; those whose logits are NaN at the last exit are reported by a
     RuntimeWarning.
 
-    When the weights change (training goes on, ``load_state_dict``, ``to``), the copy is made anew at the next call:
-    every call looks at the version counter and the address of each tensor. What bypasses both, writing through
-    ``tensor.data`` or putting other modules in place, is not seen: call ``refresh`` then. The look takes some tenths of
-    a millisecond, as the tensors of ``model`` lie in no cache. A model that was built under ``torch.inference_mode()``,
-    as a server builds its own, keeps no version counters and is not looked at: whoever changes its weights after all,
-    ``load_state_dict`` and ``to`` included, calls ``refresh``.
+    When the weights change (training goes on, ``load_state_dict``, ``to``, another tensor in a parameter's or buffer's
+    place), the copy is made anew at the next call: every call looks at which tensors there are, and at the version
+    counter and the address of each. Without a copy, segments are compiled anew for tensors that moved or are new. What
+    bypasses all three, writing through ``tensor.data`` or putting other modules in place, is not seen: call ``refresh``
+    then. The look takes some tenths of a millisecond, as the tensors of ``model`` lie in no cache. A model that was
+    built under ``torch.inference_mode()``, as a server builds its own, keeps no version counters: of it only other
+    tensors in place are seen, and whoever writes to its weights after all, by ``load_state_dict`` or ``to``, calls
+    ``refresh``.
+
+    Copies (``copy.deepcopy``, pickle) run weights of their own.
 
     Samples that left are dropped at every exit, or, once ``time_segments`` has timed them, wherever that costs less
     than it saves. There is one device synchronisation per exit and one gather per leaf of the state.
@@ -150,17 +181,22 @@ class AdaptiveModel(nn.Module):
     def refresh(self) -> None:
         """Make the form that runs from the weights as they are now; calls do so when they see that those changed."""
         with _REFRESHING, torch.inference_mode(False), torch.no_grad():
-            tensors = (*self.model.parameters(), *self.model.buffers())
-            self._read = [tensor for tensor in tensors if self.fused and _counts_versions(tensor)]
-            self._seen = self._weights()
+            # Before the copy, so that what is written meanwhile is seen. CUDA graphs read weights where they lay, and
+            # what runs uncompiled reads those there are.
+            watch = _Watch(self.model, written=self.fused) if self.fused or self.compiles else None
             form = inference_copy(self.model) if self.fused else self.model
             # Not registered as a submodule: its weights are the model's, and must not appear twice in a state dict.
             self.__dict__["runner"] = CompiledSegments(form) if self.compiles else form
+            self._run_as_they_are = [] if self.fused else [*self.model.modules()]
+            self._watch = watch  # last: no other thread takes the runner for the new one before it is there
 
-    def _weights(self) -> tuple[Any, ...]:
-        """What differs from earlier when weights that were read have been written or moved since."""
-        kind = (self.model.num_exits, getattr(self.model, "num_classes", None))
-        return (*kind, *map(_ADDRESS, self._read), *map(_VERSION, self._read))
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("runner", "_watch", "_run_as_they_are")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.refresh()
 
     @contextlib.contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
@@ -168,10 +204,15 @@ class AdaptiveModel(nn.Module):
 
         CUDA graphs run in one thread at a time.
         """
-        if self.fused and self._weights() != self._seen:
+        if self._watch is not None and self._watch.changed():
             with _REFRESHING:
-                if self._weights() != self._seen:  # no other thread was faster
+                if self._watch.changed():  # no other thread was faster
                     self.refresh()
+        if any(map(_TRAINING, self._run_as_they_are)):
+            raise RuntimeError(
+                "the model is in training mode, in which dropout and the statistics of the batch would change its "
+                "answers and its norms; call eval() on it first, or give fuse=True for a copy that stays in evaluation."
+            )
         graphs = device.type == "cuda" and isinstance(self.runner, CompiledSegments)
         precision = torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext()
         with precision, _GRAPHS if graphs else contextlib.nullcontext():
@@ -248,10 +289,7 @@ class AdaptiveModel(nn.Module):
         if images.ndim != 1 + len(dimensions):
             kind = "images" if len(dimensions) == 3 else "samples"
             raise ValueError(f"expected {kind} (batch, {', '.join(dimensions)}), got shape {tuple(images.shape)}.")
-        if not images.is_floating_point():
-            raise ValueError(f"expected images normalised to floating point numbers, got {images.dtype}.")
-        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        return images if weight is None else images.to(weight.dtype)
+        return in_precision_of(self.model, images)
 
     def result(self, logits: Tensor) -> Tensor:
         """``logits`` as they are given to the user.

@@ -48,10 +48,24 @@ class CompiledSegments(MultiExit, nn.Module):
         self.model = check_multi_exit(model)
         self.num_exits = self.model.num_exits
         self.num_classes = getattr(model, "num_classes", 0)
+        self.sample_ndim = getattr(model, "sample_ndim", self.sample_ndim)
+        self._begin()
+        self.eval()
+
+    def _begin(self) -> None:
+        """Nothing is compiled yet."""
         self._segments = [self._compile(index) for index in range(self.num_exits)]
         self._compiled: set[tuple[int, bool]] = set()  # segments, and whether of a single sample
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
-        self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled is bound to this model's weights: copies, and what is read from a file, compile their own.
+        compiled = ("_segments", "_compiled", "_graphs")
+        return {name: value for name, value in self.__dict__.items() if name not in compiled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._begin()
 
     def train(self, mode: bool = True) -> "CompiledSegments":
         if mode:

@@ -1,6 +1,7 @@
 """AdaptiveModel against running everything and choosing afterwards, for small models and every registered one."""
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -304,6 +305,52 @@ def test_weights_that_change_later_are_those_that_answer(change):
     model.heads[-1].fc.bias.data.add_(1.0)
     adaptive.refresh()
     torch.testing.assert_close(adaptive(images).logits, expected + 1.0, atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_put_in_place_of_others_are_those_that_answer():
+    model, images = build("conv")
+    adaptive = AdaptiveModel(model, ExitPolicy([2.0, 2.0, 0]), fuse=True)
+    for change in (
+        lambda: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True),
+        lambda: setattr(model.stages[0][1], "running_mean", torch.ones(8)),
+        lambda: setattr(model.heads[2], "bias", torch.nn.Parameter(torch.ones(5))),
+        lambda: setattr(model.heads[2], "bias", torch.nn.Parameter(model.heads[2].bias.data.add_(1))),  # same address
+    ):
+        before = adaptive(images).logits
+        change()
+        with torch.no_grad():
+            expected = model(images)
+        assert not torch.allclose(expected, before, atol=1e-2)
+        torch.testing.assert_close(adaptive(images).logits, expected, atol=1e-4, rtol=1e-5)
+        form = adaptive.runner
+        assert adaptive(images) and adaptive.runner is form
+
+
+@pytest.mark.parametrize("part", ["all of it", "a norm"])
+def test_a_model_in_training_mode_answers_in_evaluation_or_not_at_all(part):
+    model, images = build("conv")
+    policy = ExitPolicy([2.0, 2.0, 0])
+    itself, copied = AdaptiveModel(model, policy, fuse=False), AdaptiveModel(model, policy, fuse=True)
+    expected, state = itself(images).logits, copy.deepcopy(model.state_dict())
+    (model if part == "all of it" else model.stages[1][1]).train()
+    for batch in (images, images[:1]):
+        with pytest.raises(RuntimeError, match="in training mode.*call eval"):
+            itself(batch)
+    torch.testing.assert_close(copied(images).logits, expected, atol=1e-4, rtol=0)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    itself.eval()
+    assert torch.equal(itself(images).logits, expected)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_copies_and_pickles_run_their_own_weights(fuse):
+    model, images = build("conv")
+    adaptive = AdaptiveModel(model, ExitPolicy([2.0, 2.0, 0]), fuse=fuse)
+    for other in (copy.deepcopy(adaptive), pickle.loads(pickle.dumps(adaptive))):
+        assert torch.equal(other(images).logits, adaptive(images).logits)
+        with torch.no_grad():
+            other.model.heads[2].bias.add_(1)
+        torch.testing.assert_close(other(images).logits, adaptive(images).logits + 1, atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()

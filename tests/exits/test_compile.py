@@ -1,5 +1,7 @@
 """Compiled segments: the same answers, and no compilation after the first batches, by torch's own counters."""
 
+import copy
+import pickle
 from collections.abc import Iterable
 
 import pytest
@@ -85,6 +87,24 @@ def test_timing_and_evaluating_leave_compiled_segments_in_evaluation(without_cod
     torch.testing.assert_close(adaptive(images).logits, before.logits)
     with pytest.raises(RuntimeError, match="only run inference"):
         adaptive.runner.train()
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_copies_compile_their_own_weights_and_new_tensors_are_compiled_anew(fuse, without_codegen):
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    model = settle(ConvExits(), images)
+    adaptive = AdaptiveModel(model, ExitPolicy([float("inf")] * 3), compile=True, fuse=fuse)
+    before = adaptive(images).logits
+    for other in (copy.deepcopy(adaptive), pickle.loads(pickle.dumps(adaptive))):
+        with torch.no_grad():
+            other.model.heads[2].bias.add_(1)
+        torch.testing.assert_close(other(images).logits, before + 1, atol=1e-4, rtol=0)
+        assert torch.equal(adaptive(images).logits, before)
+    runner = adaptive.runner
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()}, assign=True)
+    torch.testing.assert_close(adaptive(images).logits, model(images), atol=1e-3, rtol=1e-4)
+    assert adaptive.runner is not runner
 
 
 @pytest.mark.parametrize("name", REGISTERED)
