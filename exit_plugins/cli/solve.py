@@ -27,7 +27,6 @@ import torch
 from numpy.typing import NDArray
 
 from ..exits.confidence import fit_temperatures
-from ..exits.control import cap_policy
 from ..exits.latency import LatencyProfile, solve_latency
 from ..exits.policy import ExitPolicy
 from ..exits.risk import LOSSES, RISK_METHODS, certify, samples_needed
@@ -76,7 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fit one temperature per exit first (on the same images; with --certify on a part of their own)",
     )
     how.add_argument(
-        "--max-exit", type=whole(1), metavar="K", help="hard cap: no image goes beyond exit K (1 is the first)"
+        "--max-exit",
+        type=whole(1),
+        metavar="K",
+        help="hard cap, which thresholds are solved under: no image goes beyond exit K (1 is the first)",
     )
     risk = parser.add_argument_group("guarantee")
     share = number(0, 1, open_below=True, open_above=True)
@@ -104,13 +106,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-exit {args.max_exit}: the model has {model.num_exits} exits.")
     if args.certify:
         policy, needed = _certified(args, table, costs, model)
-        policy = _finished(args, policy, table)
+        policy = _finished(policy, table)
         _write(args, {args.output: policy}, [float(costs[-1])], inputs.unit)
         if policy.certificate and (policy.thresholds[:-1] == np.inf).all():
             print(_nothing_certified(policy.certificate, needed), file=sys.stderr)
         return 0
     profiles: list[LatencyProfile | None] = [*inputs.latency] or [None]
-    policies = [_finished(args, _solved(args, table, costs, model, profile), table) for profile in profiles]
+    policies = [_finished(_solved(args, table, costs, model, profile), table) for profile in profiles]
     last = [costs[-1] if profile is None else profile.full_batches()[-1] for profile in profiles]
     _write(args, dict(zip(_policy_files(args), policies, strict=True)), last, inputs.unit)
     return 0
@@ -118,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """ValueError for options that mean nothing together."""
+    if args.certify and args.max_exit is not None:
+        raise ValueError(
+            "--certify compares with the last exit, which --max-exit lets no image reach: give one of the two."
+        )
     if args.budget is not None:  # what it comes to is known when costs are
         parse_budget(args.budget, np.ones(1), "s" if args.cost == "latency" else "MACs")
     if len(args.cost_batch) == 1:
@@ -138,10 +144,8 @@ def _policy_files(args: argparse.Namespace) -> list[Path]:
     return [path.with_name(f"{path.stem}-b{batch}{path.suffix}") for batch in args.cost_batch]
 
 
-def _finished(args: argparse.Namespace, policy: ExitPolicy, table: ExitTable) -> ExitPolicy:
-    """Capped where that is asked for, and with what the table knows of its images."""
-    if args.max_exit is not None:
-        policy = cap_policy(policy, max_exit=args.max_exit - 1)
+def _finished(policy: ExitPolicy, table: ExitTable) -> ExitPolicy:
+    """With what the table knows of its images."""
     about = table.about or {}
     origin = {key: about.get(key) for key in ("data", "split", "holdout", "transform")}
     return replace(policy, source={**policy.source, "data": origin})
@@ -184,7 +188,7 @@ def _solved(
         table = _calibrated(table, table)
     if profile is not None:
         costs = profile.full_batches()
-    target: dict[str, Any] = {}
+    target: dict[str, Any] = {"max_exit": None if args.max_exit is None else args.max_exit - 1}
     if args.budget is not None:
         target["budget"] = parse_budget(args.budget, costs, "MACs" if profile is None else "s")
     elif args.drop is not None:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .costs import check_costs, exit_counts
-from .policy import ExitPolicy
+from .costs import check_costs, exit_counts, mean_cost
+from .policy import ExitPolicy, check_path
 from .samples import SampleRecord
 
 __all__ = ["BudgetController", "ExitDrift", "ExitRateMonitor", "cap_policy"]
@@ -20,7 +20,10 @@ def cap_policy(policy: ExitPolicy, max_exit: int | None = None, max_cost: float 
     """``policy`` with a hard cap per sample: nobody goes beyond ``max_exit``, or beyond what ``max_cost`` pays for.
 
     The cap holds for every sample, whatever its confidence, NaN included: against inputs made to look hard (slowdown
-    attacks, Hong et al. 2021) it is the worst case. A certificate does not survive it and is dropped.
+    attacks, Hong et al. 2021) it is the worst case. A certificate does not survive it and is dropped. What ``source``
+    records is that of the capped policy: ``shares``, and with them the ``cost`` where that is a mean of ``costs``; the
+    ``accuracy`` is dropped where samples went beyond the cap, since only a table tells (``evaluate_policy``). A cap
+    that is set already stays where it is the lower. ``solve_thresholds(max_exit=)`` solves under a cap.
 
     Args:
         max_exit: 0-based index of the last exit that may be reached.
@@ -37,7 +40,24 @@ def cap_policy(policy: ExitPolicy, max_exit: int | None = None, max_cost: float 
         if max_cost < policy.costs[0]:
             raise ValueError(f"a cap of {max_cost:.6g} lies below the first exit, which costs {policy.costs[0]:.6g}.")
         max_exit = int(np.searchsorted(policy.costs, max_cost, side="right")) - 1
-    return replace(policy, max_exit=max_exit, certificate=None)
+    capped = replace(policy, max_exit=max_exit, certificate=None)
+    last = min(capped.last_exit, policy.last_exit)
+    return replace(capped, max_exit=last, source=_capped_source(policy, last))
+
+
+def _capped_source(policy: ExitPolicy, last: int) -> dict[str, Any]:
+    """``policy.source`` as it is where those who went beyond exit ``last`` leave there."""
+    shares = policy.source.get("shares")
+    if last == policy.last_exit or (shares is not None and not any(shares[last + 1 :])):
+        return policy.source  # nobody went beyond
+    source = {key: value for key, value in policy.source.items() if key not in ("accuracy", "cost", "shares")}
+    if shares is not None:
+        moved = [*shares[:last], min(sum(shares[last:]), 1.0), *[0.0] * (len(shares) - last - 1)]
+        source["shares"] = moved
+        # A time depends on the batches that are left, and is no mean of costs.
+        if policy.costs is not None and "latency" not in source:
+            source["cost"] = mean_cost(np.array(moved), policy.costs)
+    return source
 
 
 @dataclass(frozen=True)
@@ -142,11 +162,16 @@ class BudgetController:
         controller.mean_cost, controller.drift()
 
     Args:
-        path: ``exits.thresholds.policy_path``, cheapest first; finer paths hold the budget more smoothly.
+        path: ``exits.thresholds.policy_path``, cheapest first, to the policy under which nobody leaves early; finer
+            paths hold the budget more smoothly.
         budget: mean cost per sample, in the unit of the path's costs.
         gain: per sample; higher follows faster and disturbs the thresholds more.
         max_exit: hard cap on the exit any sample may reach, see ``cap_policy``; the budget cannot exceed its cost.
         window: samples that ``drift`` looks at.
+
+    Raises:
+        ValueError: fewer than two policies with costs, not in that order or not to the full end, or a budget that is
+            out of reach.
     """
 
     def __init__(
@@ -164,7 +189,10 @@ class BudgetController:
             raise ValueError(f"gain must be positive, got {gain}.")
         num_exits = path[0].num_exits
         self.costs = check_costs(costs, num_exits)
-        last = num_exits - 1 if max_exit is None else max_exit
+        if not all(policy.costs is not None and np.array_equal(policy.costs, costs) for policy in path):
+            raise ValueError("the policies of a path must be of one model and the same costs; use policy_path(...).")
+        last = path[-1].last_exit if max_exit is None else cap_policy(path[-1], max_exit).last_exit
+        check_path(path, last)
         # The ends are exact, NaN included: at the cheap one nobody passes the first exit.
         capped = path if max_exit is None else [cap_policy(policy, max_exit) for policy in path]
         self.path = [cap_policy(path[0], 0), *capped[1:]]
@@ -175,7 +203,7 @@ class BudgetController:
                 f"{self.costs[last]:.6g} (last exit that may be reached)."
             )
         self.budget, self.gain = float(budget), float(gain)
-        known = [policy.source["cost"] for policy in path if policy.source.get("cost") is not None]
+        known = [policy.source["cost"] for policy in self.path if policy.source.get("cost") is not None]
         position = np.linspace(0, 1, len(path))
         # Where the path met the budget on its calibration split, or in proportion.
         self._position = (
@@ -185,7 +213,7 @@ class BudgetController:
         )
         self.num_samples = 0
         self._spent = 0.0
-        shares = [policy.source.get("shares") for policy in path]
+        shares = [policy.source.get("shares") for policy in self.path]
         self._shares = None if None in shares else [np.asarray(s) for s in shares]
         self._monitor = None
         if self._shares is not None:

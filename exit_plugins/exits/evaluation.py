@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .costs import check_costs, exit_counts, mean_cost
 from .deprecation import moved, warn_old
-from .policy import ExitPolicy, check_same_confidence
+from .policy import ExitPolicy, check_same_origin
 from .table import ExitTable, check_not_empty
 from .thresholds import solve_thresholds
 
@@ -179,12 +179,13 @@ def evaluate_policy(
 ) -> PolicyResult:
     """What ``policy`` gets and spends on ``table``; ``costs`` (K,) default to those the policy was solved for.
 
-    ValueError if the table's confidences are not those the policy's thresholds are for, TypeError if it is no policy.
+    ValueError if the table's confidences are not those the policy's thresholds are for, or of another architecture
+    (other weights of it are measured as they are); TypeError if it is no policy.
     """
     check_not_empty(table)
     if not isinstance(policy, ExitPolicy):
         raise TypeError(f"expected an ExitPolicy, got {type(policy).__name__}.")
-    check_same_confidence(policy, table)
+    check_same_origin(policy, table, weights=False)
     if costs is None:
         costs = policy.costs
     costs = None if costs is None else check_costs(costs, table.num_exits)
@@ -296,11 +297,12 @@ def budgeted_curve(
         One BudgetPoint per budget, in the order given.
 
     Raises:
-        ValueError: the tables are not of one model, or what ``solve_thresholds`` refuses.
+        ValueError: the tables are not of one model and its weights, or what ``solve_thresholds`` refuses.
     """
     costs = check_costs(costs, table_val.num_exits)
     if table_test.num_exits != table_val.num_exits:
         raise ValueError(f"tables of {table_val.num_exits} and {table_test.num_exits} exits are not of one model.")
+    check_same_origin(table_val, table_test)
     if isinstance(budgets, (int, np.integer)):
         budgets = np.linspace(costs[0], costs[-1], int(budgets))
     points = []

@@ -211,7 +211,8 @@ def solve_latency(
         budget: highest mean seconds per sample in batches of ``profile.batch_size``. Not exceeded on ``table`` by
             what ``profile`` expects.
         accuracy: lowest accuracy on ``table``, a fraction in [0, 1]. Give exactly one of the two.
-        how: ``method``, ``model``, ``holdout`` and the method's options, as ``solve_thresholds`` takes them.
+        how: ``method``, ``model``, ``holdout``, ``max_exit`` and the method's options, as ``solve_thresholds`` takes
+            them.
 
     Returns:
         ExitPolicy whose ``costs`` are seconds per sample in the batches it leaves, whose ``source["cost"]`` is the
@@ -223,17 +224,18 @@ def solve_latency(
     check_not_empty(table, "thresholds are solved on a labelled calibration split")
     if profile.num_exits != table.num_exits:
         raise ValueError(f"a profile of {profile.num_exits} exits does not fit a table of {table.num_exits}.")
+    cap = how.get("max_exit")
     if budget is not None:
-        _check_reachable(table, profile, budget)
+        _check_reachable(table, profile, budget, cap)
     found: list[ExitPolicy] = []
     seen: list[NDArray[Any]] = []
     for start in (_NOBODY_EARLY, _EVERYBODY_FIRST):
-        shares = exit_shares_of(ExitPolicy(np.full(table.num_exits, start)), table)
+        shares = exit_shares_of(ExitPolicy(np.full(table.num_exits, start), max_exit=cap), table)
         for _ in range(_ROUNDS):
             costs = profile.marginal_costs(shares)
             goal = None
             if budget is not None:
-                goal = max(budget - profile.mean(shares) + float(shares @ costs), _least(table, costs))
+                goal = max(budget - profile.mean(shares) + float(shares @ costs), _least(table, costs, cap))
             problem = np.append(costs, goal or 0.0)
             if any(np.allclose(problem, other, rtol=_SETTLED, atol=0.0) for other in seen):
                 break
@@ -245,7 +247,8 @@ def solve_latency(
         return min(found, key=lambda policy: float(policy.source["cost"]))
     kept = [policy for policy in found if policy.source["cost"] <= budget]
     if not kept:
-        cheapest = solve_thresholds(table, profile.full_batches(), _least(table, profile.full_batches()), **how)
+        full = profile.full_batches()
+        cheapest = solve_thresholds(table, full, _least(table, full, cap), **how)
         kept = [_as_run(cheapest, table, profile, budget)]
     return max(kept, key=lambda policy: (policy.source["accuracy"], -policy.source["cost"]))
 
@@ -271,18 +274,18 @@ def exit_shares_of(policy: ExitPolicy, table: ExitTable) -> NDArray[np.float64]:
     return np.bincount(exits, minlength=table.num_exits) / table.num_samples
 
 
-def _shares_first(table: ExitTable) -> NDArray[np.float64]:
+def _shares_first(table: ExitTable, cap: int | None) -> NDArray[np.float64]:
     """Everybody whose confidence is a number leaves at the first exit."""
-    return exit_shares_of(ExitPolicy(np.full(table.num_exits, _EVERYBODY_FIRST)), table)
+    return exit_shares_of(ExitPolicy(np.full(table.num_exits, _EVERYBODY_FIRST), max_exit=cap), table)
 
 
-def _least(table: ExitTable, costs: NDArray[Any]) -> float:
+def _least(table: ExitTable, costs: NDArray[Any], cap: int | None) -> float:
     # A budget is compared with means that carry rounding.
-    return float(_shares_first(table) @ costs) * (1 + 1e-12)
+    return float(_shares_first(table, cap) @ costs) * (1 + 1e-12)
 
 
-def _check_reachable(table: ExitTable, profile: LatencyProfile, budget: float) -> None:
-    least = profile.mean(_shares_first(table))
+def _check_reachable(table: ExitTable, profile: LatencyProfile, budget: float, cap: int | None) -> None:
+    least = profile.mean(_shares_first(table, cap))
     if not budget >= least:
         raise ValueError(
             f"a budget of {1e3 * budget:.6g} ms cannot be met: in batches of {profile.batch_size} the least possible "

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,22 @@ from .schema import CERTIFICATE, MODEL, SOURCE, Numbers, check_fields, numbers, 
 if TYPE_CHECKING:
     from .table import ExitTable
 
-__all__ = ["ExitPolicy", "check_same_confidence", "check_same_model", "describe_model", "weights_digest"]
+__all__ = [
+    "ExitPolicy",
+    "check_path",
+    "check_same_confidence",
+    "check_same_model",
+    "check_same_origin",
+    "check_same_weights",
+    "describe_model",
+    "weights_digest",
+]
 
 _FORMAT = "exit_plugins.policy"
 _VERSION = 1
 # What two models must share for a policy to run on both, where both sides know it.
 _SAME = ("architecture", "num_exits", "num_classes", "in_chans")
+_SAME_COST = 1e-9  # means of costs that differ by less differ by rounding
 
 
 def check_same_model(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
@@ -41,14 +51,69 @@ def check_same_model(found: Mapping[str, Any], expected: Mapping[str, Any], what
             )
 
 
-def check_same_confidence(policy: "ExitPolicy", table: "ExitTable") -> None:
-    """ValueError unless the confidences in ``table`` are those the policy's thresholds are for."""
-    if policy.measure != table.measure or not np.allclose(policy.temperatures, table.temperatures):
+def check_same_confidence(made: "ExitPolicy | ExitTable", table: "ExitTable") -> None:
+    """ValueError unless ``table`` holds the confidences that a policy's thresholds are for, or another table holds."""
+    ours, temperatures = made.measure, np.asarray(made.temperatures).tolist()
+    if ours != table.measure or not np.allclose(temperatures, table.temperatures):
+        whose = "the policy's thresholds are for" if isinstance(made, ExitPolicy) else "one table holds"
         raise ValueError(
-            f"the policy's thresholds are for {policy.measure} at temperatures {policy.temperatures.tolist()}, the "
-            f"table holds {table.measure} at {list(table.temperatures)}; collect it with the policy's, or use "
-            "ExitTable.with_confidence."
+            f"{whose} {ours} at temperatures {temperatures}, the table holds {table.measure} at "
+            f"{list(table.temperatures)}; collect it with the same, or use ExitTable.with_confidence."
         )
+
+
+def check_same_origin(made: "ExitPolicy | ExitTable", table: "ExitTable", weights: bool = True) -> None:
+    """ValueError unless a policy, or another table, is for the confidences in ``table`` and of the same model.
+
+    What one side does not know cannot be compared. ``weights=False`` lets other weights of one architecture pass: what
+    a policy does on them can be measured, though nothing that was promised for its own holds there.
+    """
+    check_same_confidence(made, table)
+    ours, theirs = _origin(made), _origin(table)
+    for key in (*_SAME, "weights") if weights else _SAME:
+        if ours.get(key) is not None and theirs.get(key) is not None and ours[key] != theirs[key]:
+            kind = "policy" if isinstance(made, ExitPolicy) else "other table"
+            raise ValueError(
+                f"the table is of a model with {key} {theirs[key]} and the {kind} of one with {ours[key]}; what is "
+                "said on one model's table does not hold for another: collect it from the same model and weights."
+            )
+
+
+def _origin(made: "ExitPolicy | ExitTable") -> dict[str, Any]:
+    """What is known of the model, its ``weights`` among it."""
+    if isinstance(made, ExitPolicy):
+        return made.model or {}
+    about = made.about or {}
+    return {**(about.get("model") or {}), "weights": about.get("weights")}
+
+
+def check_same_weights(policy: "ExitPolicy", model: AnyModel) -> None:
+    """ValueError if the policy was solved with other weights than the model has."""
+    solved_with = (policy.model or {}).get("weights")
+    if solved_with is not None and solved_with != weights_digest(model):
+        raise ValueError("the policy was solved with other weights of this architecture; solve it again with these.")
+
+
+def check_path(path: Sequence["ExitPolicy"], last: int | None = None) -> None:
+    """ValueError unless policies run from cheap to full, where nobody leaves before exit ``last`` (default the last).
+
+    Costs are compared where the policies record theirs.
+    """
+    if len(path) == 0:
+        raise ValueError("a path needs at least one policy.")
+    end = path[-1].num_exits - 1 if last is None else last
+    if (path[-1].thresholds[:end] != math.inf).any():
+        raise ValueError(
+            "the path must end with the policy under which nobody leaves early, the cheapest first; use "
+            "policy_path(...)."
+        )
+    known = [(step, policy.source["cost"]) for step, policy in enumerate(path) if policy.source.get("cost") is not None]
+    for (before, cheaper), (step, cost) in zip(known, known[1:], strict=False):
+        if cost < cheaper * (1 - _SAME_COST):
+            raise ValueError(
+                f"the path must run from cheap to full, and policy {step} costs {cost:.6g} after {cheaper:.6g} of "
+                f"policy {before}; sort it by source['cost'], or use policy_path(...)."
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .policy import ExitPolicy, check_same_confidence
+from .policy import ExitPolicy, check_path, check_same_origin
 from .samples import SampleRecord
 from .table import ExitTable, check_not_empty
 
@@ -54,7 +54,7 @@ def path_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str = "disag
     if len(path) == 0:
         raise ValueError("a path needs at least one policy.")
     for policy in path:
-        check_same_confidence(policy, table)
+        check_same_origin(policy, table, weights=False)
     return np.stack([LOSSES[loss][0](table, policy.choose(table.confidence)) for policy in path])
 
 
@@ -162,7 +162,9 @@ def certified_step(
 
 
 def _drawn_losses(path: Sequence[ExitPolicy], table: ExitTable, loss: str, seed: int) -> NDArray[Any]:
-    """``path_losses`` with the samples in the order that ``seed`` draws."""
+    """``path_losses`` with the samples in the order that ``seed`` draws, of the weights the path was solved for."""
+    for policy in path:
+        check_same_origin(policy, table)
     order = np.random.default_rng(seed).permutation(table.num_samples)
     return path_losses(path, table, loss)[:, order]
 
@@ -194,13 +196,11 @@ def certify(
         of the path, and the risk on the split with its upper bound (``ucb``).
 
     Raises:
-        ValueError: the path's last policy lets samples leave early, or it was solved on samples of ``table``.
+        ValueError: the path does not run from cheap to the policy under which nobody leaves early, was solved on
+            samples of ``table``, or for another model or other weights than the table records.
     """
     check_not_empty(table, "nothing can be certified on it")
-    if len(path) == 0:
-        raise ValueError("a path needs at least one policy.")
-    if (path[-1].thresholds[:-1] != np.inf).any():
-        raise ValueError("the path must end with the policy under which nobody leaves early; use policy_path(...).")
+    check_path(path)
     digest = table.digest()
     if any(policy.source.get("sha256") == digest for policy in path):
         raise ValueError("the path was solved on these very samples; certify on a split apart, see ExitTable.split.")

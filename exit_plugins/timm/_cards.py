@@ -12,7 +12,7 @@ from torch import nn
 
 from ..exits import exit_costs
 from ..exits.files import atomic_folder
-from ..exits.policy import ExitPolicy, weights_digest
+from ..exits.policy import ExitPolicy, check_same_weights
 from ..exits.protocol import check_multi_exit
 from ._host import TimmModel, generate_readme, hf_split, model_config
 from ._networks import check_not_fused
@@ -190,9 +190,7 @@ def own_policy(name: str, cache_dir: str | None = None) -> ExitPolicy | None:
 def _check_policy(policy: ExitPolicy, model: nn.Module) -> None:
     """ValueError unless the policy is for this model with these weights."""
     policy.check_model(model)
-    solved_with = (policy.model or {}).get("weights")
-    if solved_with is not None and solved_with != weights_digest(model):
-        raise ValueError("the policy was solved with other weights of this architecture; solve it again with these.")
+    check_same_weights(policy, model)
 
 
 def _exit_stats(model: nn.Module, accuracies: Sequence[float] | None) -> dict[str, Any]:

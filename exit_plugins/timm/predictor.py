@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..exits.adaptive import AdaptiveModel, ExitOutput
 from ..exits.costs import exit_costs
-from ..exits.policy import ExitPolicy, weights_digest
+from ..exits.policy import ExitPolicy, check_same_weights
 from ._cards import load_from_hf
 from ._host import TimmModel
 from ._shipped import list_shipped, shipped_policy
@@ -206,11 +206,7 @@ class BatchPredictor(Predictor):
         if chosen is None:
             raise ValueError(f"no policy lies beside {source}; give policy=FILE.")
         chosen.check_model(model)
-        solved_with = (chosen.model or {}).get("weights")
-        if solved_with is not None and solved_with != weights_digest(model):
-            raise ValueError(
-                "the policy was solved with other weights of this architecture; solve it again with these."
-            )
+        check_same_weights(chosen, model)
         if not _is_export(model):
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         size = (chosen.model or {}).get("input_size")

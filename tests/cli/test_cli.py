@@ -170,6 +170,25 @@ def test_solve_meets_each_kind_of_goal(folder, capsys, tmp_path):
     assert policy.model.items() >= known.items() and policy.model["weights"] == table.about["weights"]
 
 
+def test_what_solve_says_under_a_cap_is_what_evaluate_finds(folder, capsys, tmp_path):
+    table = ExitTable.load(folder / "table.npz")
+    common = ["solve", MODEL, "--num-classes", 10, "--table", folder / "table.npz", "-o", tmp_path / "p.json"]
+    first, best = float(table.correct[0].mean()), float(table.correct.mean(1).max())
+    for goal in (["--budget", "95%"], ["--accuracy", first]):
+        for cost in ([], ["--cost", "latency"]):
+            said = run_json(capsys, *common, *goal, *cost, "--max-exit", 1)["source"]
+            assert said["accuracy"] == pytest.approx(first) and said["shares"] == [1, 0, 0]
+            policy = ExitPolicy.load(tmp_path / "p.json")
+            assert policy.last_exit == 0 and said["cost"] == pytest.approx(policy.costs[0])
+            (tmp_path / "p.json").unlink()
+    assert first < best
+    assert main([*map(str, common), "--accuracy", str(best), "--max-exit", "1"]) == 2
+    assert f"up to exit 1 is {first:.4f}" in capsys.readouterr().err
+    assert main([*map(str, common), "--certify", "ucb", "--max-exit", "2"]) == 2
+    assert "--max-exit lets no image reach: give one of the two" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
+
+
 def test_solve_for_latency_takes_budgets_in_time(folder, capsys, tmp_path):
     words = ["solve", MODEL, "--num-classes", "10", "--table", str(folder / "table.npz"), "--cost", "latency"]
     for budget in ("6M", "0.4G"):

@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from small_models import ConvExits, settle
 from small_tables import costs_of, realistic_table
 
-from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, exit_costs
+from exit_plugins import AdaptiveModel, ExitPolicy, ExitTable, certify, exit_costs, solve_thresholds
 from exit_plugins.exits.control import BudgetController, ExitRateMonitor, cap_policy
+from exit_plugins.exits.evaluation import evaluate_policy
 from exit_plugins.exits.thresholds import policy_path
 
 
@@ -124,6 +127,64 @@ def test_capped_controller_stays_below_the_cap(path):
     assert controller.mean_cost == pytest.approx(0.9 * costs[2], rel=0.02)
     with pytest.raises(ValueError, match="cannot be held between"):
         BudgetController(path, budget=costs[3], max_exit=2)
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_a_capped_policy_records_what_it_does_itself(path, last):
+    table = realistic_table(4, 1500, seed=1)
+    for policy in path:
+        capped = cap_policy(policy, max_exit=last)
+        result = evaluate_policy(capped, table)
+        np.testing.assert_allclose(capped.source["shares"], result.shares, atol=1e-12)
+        assert capped.source["cost"] == pytest.approx(result.cost, rel=1e-12)
+        assert capped.source.get("accuracy", result.accuracy) == result.accuracy  # or it is not known
+    assert cap_policy(path[8], 3).source == path[8].source
+    assert cap_policy(cap_policy(path[8], 1), 2).choose(np.full((4, 1), np.nan)).tolist() == [1]
+    by_hand = ExitPolicy([0.5, 0.5, 0], source={"accuracy": 0.9, "cost": 2.0, "method": "exact"})
+    assert cap_policy(by_hand, 1).source == {"method": "exact"}
+    measured = replace(path[8], source={**path[8].source, "latency": {"batch_size": 8}})
+    assert "cost" not in cap_policy(measured, 1).source
+
+
+@pytest.mark.parametrize("method", ["lagrangian", "exact", "shared", "msdnet"])
+def test_solving_under_a_cap_is_solving_for_the_exits_up_to_it(method):
+    table, costs = realistic_table(4, 200, seed=1), costs_of(4)
+    table = replace(table, confidence=np.where(np.arange(200) % 20 == 3, np.nan, table.confidence))
+    first = ExitTable(table.confidence[:3], table.prediction[:3], table.target)
+    for target in ({"budget": 3.2}, {"accuracy": float(first.correct[-1].mean())}):
+        capped = solve_thresholds(table, costs, method=method, max_exit=2, **target)
+        alone = solve_thresholds(first, costs[:3], method=method, **target)
+        assert capped.thresholds.tolist() == [*alone.thresholds, -np.inf] and capped.last_exit == 2
+        result = evaluate_policy(capped, table)
+        assert result.accuracy == capped.source["accuracy"] == alone.source["accuracy"]
+        assert result.cost == pytest.approx(capped.source["cost"]) and result.shares.tolist() == capped.source["shares"]
+    highest = float(table.correct[3].mean())
+    assert highest > first.correct.mean(1).max() + 0.02
+    with pytest.raises(ValueError, match="up to exit 1 is"):
+        solve_thresholds(table, costs, accuracy=highest, method=method, max_exit=0)
+    with pytest.raises(ValueError, match="max_exit must be an exit index below 4, got 4"):
+        solve_thresholds(table, costs, budget=3.0, max_exit=4)
+
+
+def test_drift_of_a_capped_controller_is_quiet_on_its_own_samples(path):
+    controller = BudgetController(path, budget=2.5, max_exit=1, window=1500)
+    stream(controller, realistic_table(4, 1500, seed=1))
+    drift = controller.drift()
+    assert drift.psi < 0.05 and drift.p_value > 1e-3 and not drift.expected[2:].any()
+
+
+def test_a_path_runs_from_cheap_to_full(path):
+    with pytest.raises(ValueError, match="under which nobody leaves early, the cheapest first"):
+        BudgetController(path[::-1], budget=2.5)
+    mixed = [path[0], path[8], path[4], path[-1]]
+    table = realistic_table(4, 300, seed=2)
+    for use in (lambda p: BudgetController(p, budget=2.5), lambda p: certify(p, table, 0.1)):
+        with pytest.raises(ValueError, match="policy 2 costs .* of policy 1; sort it"):
+            use(mixed)
+        use(sorted(mixed, key=lambda policy: policy.source["cost"]))
+    with pytest.raises(ValueError, match="of one model and the same costs"):
+        BudgetController([*path[:-1], replace(path[-1], costs=2 * path[-1].costs)], budget=2.5)
+    BudgetController([cap_policy(policy, 2) for policy in path], budget=2.5)
 
 
 def test_drift_is_quiet_on_the_same_distribution_and_loud_on_another(path):

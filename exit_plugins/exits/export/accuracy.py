@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..collecting import collect_exits
-from ..control import cap_policy
 from ..evaluation import bootstrap_interval, evaluate_policy
 from ..policy import ExitPolicy
 from ..table import ExitTable
@@ -82,11 +81,9 @@ def _solved(policy: ExitPolicy, table: ExitTable, budget: float | None, shares: 
     """Thresholds on ``table`` for the budget; a policy that knows no costs keeps the shares that leave at its exits."""
     model = {key: value for key, value in (policy.model or {}).items() if key != "weights"}
     if policy.costs is not None:
-        solved = solve_thresholds(table, policy.costs, budget=budget, model=model)
-    else:
-        thresholds = closed_as_inf(msdnet_thresholds(table, shares))
-        solved = ExitPolicy(thresholds, table.measure, np.array(table.temperatures), model=model)
-    return solved if policy.max_exit is None else cap_policy(solved, max_exit=policy.max_exit)
+        return solve_thresholds(table, policy.costs, budget=budget, model=model, max_exit=policy.max_exit)
+    thresholds = closed_as_inf(msdnet_thresholds(table, shares))
+    return ExitPolicy(thresholds, table.measure, np.array(table.temperatures), model=model, max_exit=policy.max_exit)
 
 
 def _compared(before: NDArray[Any], after: NDArray[Any], name: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def policy_path(
         solved = solve_thresholds(table, costs, budget=float(budget), method=method, **options)
         path.append(_spend(split, np.maximum(path[-1], solved.thresholds), float(budget)))
     path.append(split.nobody_early())
-    make = PolicyMaker(table, split, model)
+    make = PolicyMaker(table, split, model, costs)
     return [
         make(split.point(thresholds), {"method": method, "path": {"step": step, "of": steps}})
         for step, thresholds in enumerate(path)

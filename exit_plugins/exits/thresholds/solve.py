@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ..costs import check_costs
 from ..deprecation import warn_old
 from ..digests import describe_model
-from ..policy import ExitPolicy, check_same_model
+from ..policy import ExitPolicy, check_same_model, check_same_origin
 from ..protocol import AnyModel
 from ..samples import SampleRecord
 from ..table import ExitTable, check_not_empty
@@ -31,6 +31,7 @@ def solve_thresholds(
     method: str = "lagrangian",
     model: AnyModel | Mapping[str, Any] | None = None,
     holdout: ExitTable | None = None,
+    max_exit: int | None = None,
     **options: Any,
 ) -> ExitPolicy:
     """Thresholds for ``table`` that are as accurate as possible within ``budget``, or as cheap as ``accuracy`` allows.
@@ -50,8 +51,10 @@ def solve_thresholds(
         model: the model, or what ``describe_model`` said of it; the policy then runs on no other. Default the one the
             table was collected from, if it knows.
         holdout: further samples that choose among the solutions whose accuracy on ``table`` is within one standard
-            error of the best; the budget still holds on ``table``.
-        options: of the method.
+            error of the best; the budget still holds on ``table``. Of the same model and weights.
+        max_exit: 0-based index of the last exit any sample may reach. Thresholds are solved under that cap, as
+            ``control.cap_policy`` sets it on a policy that was solved without one.
+        options: of the method; shares of ``sweep`` are of the exits up to ``max_exit``.
 
     Returns:
         ExitPolicy with the measure and temperatures of the table; ``source`` records how it was solved and what it
@@ -66,7 +69,9 @@ def solve_thresholds(
         raise ValueError("give either budget= or accuracy=, and not both.")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    split = Split.of(table, costs)
+    if max_exit is not None and (type(max_exit) is not int or not 0 <= max_exit < table.num_exits):
+        raise ValueError(f"max_exit must be an exit index below {table.num_exits}, got {max_exit!r}.")
+    split = Split.of(table, costs, max_exit)
     target = _target(split, budget, accuracy)
     options = _options_in_use(method, options)
     try:
@@ -79,17 +84,20 @@ def solve_thresholds(
     if best is None:
         highest = max(point.correct for point in points) / split.num_samples
         raise ValueError(
-            f"accuracy {accuracy} is out of reach: the best that {method!r} found on this table is {highest:.4f}."
+            f"accuracy {accuracy} is out of reach: the best that {method!r} found on this table"
+            + ("" if max_exit is None else f" up to exit {max_exit + 1}")
+            + f" is {highest:.4f}."
         )
     if holdout is not None:
-        best = _choose_on(holdout, points, best, split, target)
+        _check_holdout(holdout, table)
+        best = _choose_on(Split.of(holdout, costs, max_exit), points, best, split, target)
     after: dict[str, Any] = {}
     if holdout is not None:
         after["holdout_samples"] = SampleRecord.of(holdout.sample, holdout.num_samples).to_json()
     if options:
         after["options"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in options.items()}
     wanted = {"budget": float(budget)} if budget is not None else {"accuracy": accuracy}
-    return PolicyMaker(table, split, model)(best, {"method": method, "target": wanted}, after)
+    return PolicyMaker(table, split, model, costs, max_exit)(best, {"method": method, "target": wanted}, after)
 
 
 def _options_in_use(method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +111,15 @@ def _options_in_use(method: str, options: dict[str, Any]) -> dict[str, Any]:
 class PolicyMaker:
     """Makes policies out of points found on one table; what all of them remember is worked out once."""
 
-    def __init__(self, table: ExitTable, split: Split, model: AnyModel | Mapping[str, Any] | None) -> None:
-        self.table, self.split = table, split
+    def __init__(
+        self,
+        table: ExitTable,
+        split: Split,
+        model: AnyModel | Mapping[str, Any] | None,
+        costs: NDArray[Any],
+        max_exit: int | None = None,
+    ) -> None:
+        self.table, self.split, self.costs, self.max_exit = table, split, costs, max_exit
         self.model = _model_of(table, model)
         self.samples = {
             "samples": SampleRecord.of(table.sample, table.num_samples).to_json(),
@@ -113,18 +128,20 @@ class PolicyMaker:
 
     def __call__(self, point: Point, how: dict[str, Any], after: dict[str, Any] | None = None) -> ExitPolicy:
         """The policy of ``point``; ``how`` it was found begins its ``source``, what came ``after`` ends it."""
+        beyond = self.table.num_exits - self.split.num_exits  # exits that a cap leaves to nobody
         reached = {
             "accuracy": point.correct / self.split.num_samples,
             "cost": point.cost,
-            "shares": [float(share) for share in exit_shares(self.split, point.thresholds)],
+            "shares": [*map(float, exit_shares(self.split, point.thresholds)), *[0.0] * beyond],
         }
         return ExitPolicy(
-            thresholds=point.thresholds,
+            thresholds=np.append(point.thresholds, np.full(beyond, -np.inf)),
             measure=self.table.measure,
             temperatures=np.array(self.table.temperatures),
-            costs=self.split.costs,
+            costs=self.costs,
             model=self.model,
             source={**how, **self.samples, **reached, **(after or {})},
+            max_exit=self.max_exit,
         )
 
 
@@ -159,14 +176,17 @@ def _target(split: Split, budget: float | None, accuracy: float | None) -> Targe
     return Target(float(budget))
 
 
-def _choose_on(holdout: ExitTable, points: list[Point], best: Point, split: Split, target: Target) -> Point:
-    """Of the points as good as the best, up to one standard error of the paired difference, the best on ``holdout``."""
-    if holdout.num_exits != split.num_exits or holdout.num_samples == 0:
+def _check_holdout(holdout: ExitTable, table: ExitTable) -> None:
+    if holdout.num_exits != table.num_exits or holdout.num_samples == 0:
         raise ValueError(
             f"a holdout of {holdout.num_exits} exits and {holdout.num_samples} samples does not fit a table of "
-            f"{split.num_exits} exits."
+            f"{table.num_exits} exits."
         )
-    other = Split.of(holdout, split.costs)
+    check_same_origin(table, holdout)
+
+
+def _choose_on(other: Split, points: list[Point], best: Point, split: Split, target: Target) -> Point:
+    """Of the points as good as the best, up to one standard error of the paired difference, the best on ``other``."""
     right = split.correct[split.exits(best.thresholds), split.samples]
     near = []
     for point in points:

@@ -74,8 +74,10 @@ class Split:
         self.cuts = [cuts_of(values) for values in self.values]
 
     @classmethod
-    def of(cls, table: ExitTable, costs: NDArray[Any]) -> "Split":
-        return cls(table.confidence, table.correct, costs)
+    def of(cls, table: ExitTable, costs: NDArray[Any], max_exit: int | None = None) -> "Split":
+        """Of all exits, or of those up to ``max_exit``, which is then the last."""
+        end = None if max_exit is None else max_exit + 1
+        return cls(table.confidence[:end], table.correct[:end], costs[:end])
 
     def subset(self, index: NDArray[Any]) -> "Split":
         return Split(self.confidence[:, index], self.right[:, index], self.costs)
