@@ -187,6 +187,7 @@ class ClassSubset(MultiExit, nn.Module):
     def __init__(self, model: nn.Module, index: list[int]) -> None:
         super().__init__()
         self.model, self.num_exits = model, model.num_exits
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)  # policies of the model are for this, too
         self.register_buffer("index", torch.tensor(index))
 
     def begin_exits(self, x):
