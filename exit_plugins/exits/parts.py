@@ -103,8 +103,8 @@ class PartFile:
                 self.file.close()
                 raise
         self.file.truncate()
-        if found is None:
-            self._write(json.dumps(header).encode())
+        if found is None:  # not while reading: that a disk is full says nothing of what is on it
+            self._write(json.dumps(header).encode(), before=_MAGIC)
 
     def _lock(self) -> None:
         # A loader's worker processes outlive a killed run by seconds, and share its lock.
@@ -115,7 +115,7 @@ class PartFile:
         raise UnreadableFile(f"the part file {self.path} is in use by another run; name another.")
 
     def _header(self) -> dict[str, Any] | None:
-        """The header, or None where there is none yet, standing behind the magic number."""
+        """The header, or None where there is none yet, standing where the file is to be begun or goes on."""
         magic = self.file.read(len(_MAGIC))
         if magic == _MAGIC:
             payload, cut = self._read()
@@ -133,8 +133,6 @@ class PartFile:
         if magic:
             warnings.warn(f"{self.path} was cut off in its header; it is started again.", stacklevel=5)
         self.file.seek(0)
-        self.file.truncate()
-        self.file.write(_MAGIC)
         return None
 
     def _next(self) -> bytes | None:
@@ -161,9 +159,9 @@ class PartFile:
         payload = self.file.read(length)
         return (payload, False) if zlib.crc32(payload) == checksum else (None, False)
 
-    def _write(self, payload: bytes) -> None:
+    def _write(self, payload: bytes, before: bytes = b"") -> None:
         start = self.file.tell()
-        left = memoryview(_HEAD.pack(len(payload), zlib.crc32(payload)) + payload)
+        left = memoryview(before + _HEAD.pack(len(payload), zlib.crc32(payload)) + payload)
         try:
             while left:
                 left = left[self.file.write(left) :]
