@@ -115,6 +115,7 @@ def _blocks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def import_arrow() -> tuple[Any, Any]:
+    """pyarrow and its module of Parquet; ImportError with what to install."""
     try:
         import pyarrow
         from pyarrow import parquet

@@ -109,7 +109,7 @@ def check_target(path: str | os.PathLike[str], room: int = 0) -> None:
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Before long work: OSError unless ``atomic_folder`` could write a folder at ``path``.
 
-    NotADirectoryError is one of them, where ``path`` is a file.
+    NotADirectoryError is one of them, where ``path`` is a file, and PermissionError, where nothing may be written.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():

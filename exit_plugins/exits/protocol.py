@@ -208,7 +208,7 @@ def evaluating(model: AnyModel) -> Iterator[None]:
 
 
 def in_precision_of(model: AnyModel, images: Tensor) -> Tensor:
-    """``images`` in the precision of the model's weights; ValueError unless they are floating point numbers."""
+    """``images`` (B, ...) in the precision of the weights; ValueError unless they are floating point numbers."""
     if not images.is_floating_point():
         raise ValueError(f"expected images normalised to floating point numbers, got {images.dtype}.")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
