@@ -280,7 +280,7 @@ def draw(results: list[Result], size: int, path: Path) -> None:
         panel.set_title(f"{ENGINES[engine]}, batch {batch}")
         panel.set_xlabel("milliseconds per image")
         panel.set_ylabel("test accuracy (%)")
-    axes[0].legend(frameon=False, loc="lower right", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     plots.save(figure, path)
 
 

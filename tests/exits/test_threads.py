@@ -101,7 +101,7 @@ def test_threads_that_swap_policies_get_the_answers_of_one(case, kind, tmp_path)
 
     def swap() -> None:
         rng = np.random.default_rng(99)
-        while not stop.is_set():
+        while not stop.wait(1e-4):  # a loop without a pause would keep the others from running
             adaptive.policy = policies[rng.integers(len(policies))]
 
     swapper, workers = threading.Thread(target=swap), [threading.Thread(target=work, args=(k,)) for k in range(8)]
