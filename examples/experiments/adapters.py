@@ -131,7 +131,8 @@ def adapter(method: str, targets: list[str]) -> PeftConfig:
     return {
         "lora": lambda: LoraConfig(r=8, lora_alpha=8, lora_dropout=0.1, target_modules=targets),
         "repadapter": lambda: RepAdapterConfig(target_modules=targets, r=8, scale=1.0),
-        "bottleneck": lambda: BottleneckConfig(target_modules=targets, r=8),
+        # As published they add to every layer from the start, which a convolutional network does not survive.
+        "bottleneck": lambda: BottleneckConfig(target_modules=targets, r=8, init="identity"),
     }[method]()
 
 

@@ -110,5 +110,5 @@ EXPERIMENT = Experiment(
     outlook="A transformer, where adapters change tokens and not maps; more seeds.",
     runs=[Run("caltech101", 0, measure)],
     section=section,
-    version=2,  # all adapters
+    version=3,  # all adapters, each from the network as it is
 )
