@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..exits.digests import file_digest
 from ..exits.files import atomic_path, atomic_write, check_target, is_stream, lock
 from ..exits.reading import reading, strict_json
 from .rows import RowFormat, import_arrow, write_parquet
@@ -121,7 +122,7 @@ class Journal:
             raise ValueError(f"{self.output} is there, and nothing says which run wrote it; {_ANEW}.")
         document = self._read(self.origin, _ANEW)
         self._check_same(document["run"], f"{self.output} was written", _ANEW)
-        if document["sha256"] != _sha256(self.place):
+        if document["sha256"] != file_digest(self.place):
             raise ValueError(f"{self.output} is not what the run wrote that is recorded beside it; {_ANEW}.")
         state: dict[str, Any] = document["state"]
         return state
@@ -235,15 +236,7 @@ class Journal:
         """Say whose the file is, before it is in its place: killed in between, the part is there and comes first."""
         if not self.streams:
             with atomic_write(self.origin) as file:
-                json.dump({"run": self.run, "state": self.state, "sha256": _sha256(written)}, file, allow_nan=False)
-
-
-def _sha256(path: Path) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            hasher.update(piece)
-    return hasher.hexdigest()
+                json.dump({"run": self.run, "state": self.state, "sha256": file_digest(written)}, file, allow_nan=False)
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from .deprecation import moved
 from .protocol import COMPILED, AnyModel, MultiExitModule, check_multi_exit, unwrapped
 from .schema import plain
 
-__all__ = ["describe_checked", "describe_model", "sample_digests", "weights_digest"]
+__all__ = ["describe_checked", "describe_model", "file_digest", "sample_digests", "weights_digest"]
 
 __getattr__ = moved(__name__, {"SampleRecord": "exit_plugins.exits.samples.SampleRecord"})
 
@@ -107,3 +108,12 @@ def sample_digests(images: Tensor) -> NDArray[Any]:
         hasher.update(_bytes(image))
         digests.append(hasher.digest())
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()

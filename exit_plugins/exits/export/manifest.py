@@ -1,6 +1,5 @@
 """The folder an export is: its files, the manifest that lists them with their digests, and how it is replaced."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..digests import describe_checked, weights_digest
+from ..digests import describe_checked, file_digest, weights_digest
 from ..files import atomic_folder, recover_folder
 from ..policy import ExitPolicy
 from ..protocol import MultiExitModule
@@ -88,7 +87,7 @@ def write_manifest(
     policy.save(folder / POLICY)
     config = getattr(model, "pretrained_cfg", None) or {}
     config = config if isinstance(config, dict) else vars(config)
-    files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     document = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -127,7 +126,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _check(plain(document, MANIFEST))
         for name, digest in document["files"].items():
             file = folder / name
-            if file.is_symlink() or not file.is_file() or _digest(file) != digest:
+            if file.is_symlink() or not file.is_file() or file_digest(file) != digest:
                 raise ValueError(f"{name} is missing or not the file that was exported")
     return document
 
@@ -153,11 +152,3 @@ def _check(document: Mapping[str, Any]) -> None:
 def _is_plain_name(name: str) -> bool:
     """Of a file in the folder itself: no path, no parent, on no system."""
     return name not in ("", ".", "..") and not any(sign in name for sign in (os.sep, "/", "\\", ":", "\0"))
-
-
-def _digest(path: Path) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
-    return hasher.hexdigest()

@@ -21,7 +21,7 @@ class BottleneckConfig(AdapterConfig):
     Args:
         init: ``"xavier"``, both weights Xavier-uniform and biases of standard deviation 1e-6, as in the papers' vision
             baselines; ``"identity"``, W2 and its bias zero, so that training starts from the base model's outputs,
-            as it must over convolutional networks, which the published start changes beyond repair.
+            the better start over convolutional networks, of which the published one changes every layer's output.
 
     The other arguments are those of ``AdapterConfig`` and of ``peft.PeftConfig``.
     """
